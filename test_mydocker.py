@@ -1,0 +1,3683 @@
+"""The specification of mydocker.py: what it promises, tried against the real kernel.
+
+    sudo python3 -m pytest test_mydocker.py     everything
+    python3 -m pytest -m 'not root'             what needs no root
+    python3 -m pytest -m 'not slow'             the quick run
+    MYDOCKER_MUST_WORK=1                        what the machine lacks fails, not skips
+    MYDOCKER=FILE                               the program under test
+
+The program is used as its users use it: by its command line, in a process of its own.
+A test that takes `mydocker` (the host's view) or `busybox` (a --rootfs) runs twice, as
+root and as an ordinary user, unless it says @root_only or @user_only.  After every test
+the fixture `nothing_is_left` looks for mounts, processes, cgroups and temporary files.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import pty
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = Path(os.environ.get("MYDOCKER", HERE / "mydocker.py")).resolve()
+ROOTFS_SCRIPT = HERE / "busybox-rootfs.sh"
+MUST_WORK = os.environ.get("MYDOCKER_MUST_WORK") == "1"
+PATIENCE = float(os.environ.get("MYDOCKER_PATIENCE", "60"))  # seconds; beyond them it hangs
+ORDINARY_UID = 12345  # an account that nobody has
+MIB = 1 << 20
+SH = ("sh", "-c")
+IDLE = ("tail", "-n", "1", "-f", "/etc/hosts")  # a line, then deaf to every signal
+USAGE_ERROR = 125
+PYTHON = "/usr/bin/python3"  # inside the host's view
+
+with warnings.catch_warnings():  # this file is all there is: no ini file registers them
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+    root, slow = pytest.mark.root, pytest.mark.slow
+AS_ROOT = pytest.param("root", marks=root)
+root_only = pytest.mark.parametrize("account", [AS_ROOT], indirect=True)
+user_only = pytest.mark.parametrize("account", ["user"], indirect=True)
+
+
+# ---- What the tests speak in ---------------------------------------------------------
+
+
+def need(condition, reason):
+    """Skip where the machine cannot do what the test is about; or fail there."""
+    if not condition:
+        (pytest.fail if MUST_WORK else pytest.skip)(f"this machine lacks: {reason}")
+
+
+def wait_until(predicate, what="it", seconds=PATIENCE):
+    """The first true value of `predicate()`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = predicate()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+class Result(NamedTuple):
+    """How a run ended and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def decoded(data):
+    return data.decode("utf-8", "surrogateescape")
+
+
+def ended(process, data=None):
+    """Result of a process that is to end by itself."""
+    try:
+        out, err = process.communicate(data, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        pytest.fail(f"{process.args} hangs; so far: {out[-2000:]} {err[-2000:]}")
+    return Result(process.returncode, decoded(out or b""), decoded(err or b""))
+
+
+class Running:
+    """A container that runs while the test looks at it."""
+
+    def __init__(self, process, pidfile):
+        self.process = process
+        self.pidfile = pidfile
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """End the command, not `run`: that is to clear up as it always does."""
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            os.kill(int(read(self.pidfile)), signal.SIGKILL)
+        ended(self.process)
+
+    @property
+    def pid1(self):
+        """The container's first process, as the host numbers it."""
+        return int(wait_until(lambda: read(self.pidfile), "the pidfile"))
+
+    def line(self, stream="stdout"):
+        """The next line that the command prints."""
+        source, line = getattr(self.process, stream), b""
+        while not line.endswith(b"\n"):
+            assert select.select([source], [], [], PATIENCE)[0], f"no line after {line}"
+            byte = os.read(source.fileno(), 1)
+            assert byte, f"end of file after {line}: {self.end()}"
+            line += byte
+        return decoded(line[:-1])
+
+    def send(self, number):
+        self.process.send_signal(number)
+
+    def end(self):
+        return ended(self.process)
+
+
+class Terminal:
+    """A terminal window, and a program in it that thinks itself at home."""
+
+    def __init__(self, command, become, **how):
+        self.master, self.slave = pty.openpty()
+        self.size(24, 80)
+        self.seen = b""
+        self.before = termios.tcgetattr(self.slave)
+
+        def sit_down():
+            os.setsid()
+            fcntl.ioctl(self.slave, termios.TIOCSCTTY, 0)
+            become()
+
+        self.process = subprocess.Popen(
+            command, stdin=self.slave, stdout=self.slave, stderr=self.slave,
+            preexec_fn=sit_down, **how,
+        )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.slave)
+        if self.master is not None:
+            os.close(self.master)
+
+    def size(self, rows, columns):
+        packed = struct.pack("HHHH", rows, columns, 0, 0)
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, packed)
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def expect(self, text):
+        """Read until `text` is on the screen; what stands before it."""
+        wanted, deadline = text.encode(), time.monotonic() + PATIENCE
+        while wanted not in self.seen:
+            left = deadline - time.monotonic()
+            ready = select.select([self.master], [], [], max(left, 0))[0]
+            assert ready, f"no {text!r} in {self.seen!r}"
+            self.seen += os.read(self.master, 65536)
+        before, _, self.seen = self.seen.partition(wanted)
+        return decoded(before)
+
+    def end(self):
+        """The status of the program, and the rest of what it wrote."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            over = self.process.poll() is not None
+            if select.select([self.master], [], [], 0 if over else 0.02)[0]:
+                self.seen += os.read(self.master, 65536)
+            elif over:
+                return Result(self.process.returncode, decoded(self.seen), "")
+        raise AssertionError(f"the program does not end; so far: {self.seen!r}")
+
+    @property
+    def attributes(self):
+        return termios.tcgetattr(self.slave)
+
+
+class Caller:
+    """An account that uses mydocker.py, a directory of its own, and the first options."""
+
+    def __init__(self, uid, python, directory, rootfs, options=()):
+        self.uid, self.python, self.dir, self.rootfs = uid, python, directory, rootfs
+        self.options = options
+
+    def __call__(self, *words, **how):
+        """Run `mydocker.py run WORDS` to its end."""
+        return self.cli("run", *self.options, *words, **how)
+
+    def out(self, *words, **how):
+        """What the command printed, when all went well and mydocker said nothing."""
+        result = self(*words, **how)
+        assert (result.status, result.err) == (0, ""), result
+        return result.out
+
+    def cli(self, *words, data=None, **how):
+        if data is not None:
+            how["stdin"] = subprocess.PIPE
+        return ended(self.popen(self.words(*words), **how), data)
+
+    def start(self, *words, **how):
+        """A container that runs on; its pidfile is where Running.pid1 looks."""
+        pidfile = Path(tempfile.mktemp(prefix="pid", dir=str(self.dir)))
+        words = ("run", "--pidfile", pidfile, *self.options, *words)
+        return Running(self.popen(self.words(*words), bufsize=0, **how), pidfile)
+
+    def terminal(self, *words, **how):
+        how = {"cwd": self.dir, "env": {**os.environ, "TERM": "xterm"}, **how}
+        words = self.words("run", *self.options, *words)
+        return Terminal(words, self.become, **how)
+
+    def words(self, *words):
+        return [self.python, str(PROGRAM), *map(str, words)]
+
+    def popen(self, command, **how):
+        pipe = subprocess.PIPE
+        how = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, **how}
+        return subprocess.Popen(
+            command, **{"cwd": self.dir, "preexec_fn": self.become, **how}
+        )
+
+    def become(self):
+        """In the child: be that account from here on."""
+        if os.geteuid() != self.uid:
+            os.setgroups([])
+            os.setresgid(self.uid, self.uid, self.uid)
+            os.setresuid(self.uid, self.uid, self.uid)
+
+    def path(self, name, text=None, mode=None):
+        """A file of the caller (a directory without `text`) in its own directory."""
+        path = self.dir / name
+        if text is None:
+            path.mkdir(parents=True)
+        else:
+            path.write_text(text)
+        os.chown(str(path), self.uid, self.uid)
+        if mode is not None:
+            path.chmod(mode)
+        return path
+
+
+def refusal(result, status=USAGE_ERROR):
+    """What mydocker said when it would not run the command: one line, and a remedy."""
+    lines = result.err.splitlines()
+    assert result.status == status, result
+    assert result.out == ""
+    assert lines and lines[0].startswith("mydocker: "), result
+    assert len(lines) <= 2 and "Traceback" not in result.err, result
+    return result.err
+
+
+def read(path):
+    """The text of a file, empty when there is none."""
+    try:
+        return Path(path).read_text(errors="surrogateescape")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def status_field(text, name):
+    """A field of /proc/PID/status."""
+    return re.search(rf"^{name}:\s*(.*)$", text, re.MULTILINE).group(1)
+
+
+class Mount(NamedTuple):
+    """A line of mountinfo; see proc(5)."""
+
+    root: str
+    options: set
+    type: str
+    source: str
+    super_options: set
+
+
+def mounts(text):
+    """Mount point to Mount; the topmost, where there are several."""
+    table = {}
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        here, there = left.split(" "), right.split(" ")
+        table[here[4]] = Mount(
+            here[3], set(here[5].split(",")), there[0], there[1],
+            set(there[2].split(",")),
+        )  # fmt: skip
+    return table
+
+
+def children(pid):
+    """The living children of a process."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        fields = read(f"/proc/{entry}/stat").rpartition(")")[2].split()
+        if fields and int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(entry))
+    return found
+
+
+def processes_in(pid_namespace):
+    """The host's numbers of the processes of a pid namespace."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, AttributeError):  # it may end while we look
+            state = status_field(read(f"/proc/{entry}/status"), "State")
+            if os.readlink(f"/proc/{entry}/ns/pid") == pid_namespace and "Z" not in state:
+                found.append(int(entry))
+    return found
+
+
+def cpu_seconds(pid):
+    fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def cgroup_mounts():
+    """Controller to mount point on the host; "" is the unified hierarchy."""
+    table = {}
+    for point, mount in mounts(read("/proc/self/mountinfo")).items():
+        if mount.type == "cgroup2":
+            table[""] = point
+        elif mount.type == "cgroup":
+            table.update(dict.fromkeys(mount.super_options, point))
+    return table
+
+
+def version(controller):
+    """1 or 2, by the hierarchy that has the controller here; 0 when none has."""
+    table = cgroup_mounts()
+    if controller in table:
+        return 1
+    unified = f"{table.get('')}/cgroup.controllers"
+    return 2 if controller in read(unified).split() else 0
+
+
+def cgroup_of(pid, controller):
+    """The directory, on the host, of the cgroup that a process is in."""
+    table = cgroup_mounts()
+    name = controller if controller in table else ""
+    for line in read(f"/proc/{pid}/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if name in controllers.split(","):
+            return Path(table[name] + path)
+    raise AssertionError(f"{pid} is in no cgroup with {controller}")
+
+
+def start_time(pid):
+    return "".join(read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19:20])
+
+
+def cgroups_left():
+    """What runs that have ended left of NAME.PID.START, and of the mydocker above it."""
+    found = set()
+    for point in set(cgroup_mounts().values()):
+        for directory, below, _ in os.walk(point):
+            parent, name = os.path.split(directory)
+            if name == "mydocker" and not below:
+                found.add(directory)
+            elif parent.endswith("/mydocker"):
+                owner = name.split(".")[-2:]
+                if len(owner) != 2 or start_time(owner[0]) != owner[1]:
+                    found.add(directory)
+    return found
+
+
+def tree(directory):
+    """Everything that can be seen of a directory tree."""
+    found = {}
+    for parent, directories, files in os.walk(str(directory)):
+        for name in [".", *directories, *files]:
+            path = os.path.join(parent, name)
+            entry = os.lstat(path)
+            content = b""
+            if stat.S_ISREG(entry.st_mode):
+                content = hashlib.sha256(Path(path).read_bytes()).digest()
+            elif stat.S_ISLNK(entry.st_mode):
+                content = os.fsencode(os.readlink(path))
+            found[os.path.relpath(path, str(directory))] = (
+                entry.st_mode, entry.st_uid, entry.st_gid, entry.st_mtime_ns, content
+            )  # fmt: skip
+    return found
+
+
+def remove(directory):
+    """Remove a tree, also where overlay left its work/work with mode 0."""
+    subprocess.run(["chmod", "-R", "u+rwX", str(directory)], check=True)
+    shutil.rmtree(str(directory))
+
+
+# ---- Fixtures ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def playground():
+    """A directory outside /tmp that every account can reach; orphans come to us."""
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+    directory = Path(tempfile.mkdtemp(prefix="mydocker-test-", dir="/var/tmp"))
+    directory.chmod(0o755)
+    yield directory
+    remove(directory)
+
+
+@pytest.fixture(scope="session")
+def accounts(playground):
+    """For each account: its uid, a Python it can run, and a rootfs that it built."""
+    made = {}
+    before = {}
+    for name, uid in ("root", 0), ("user", os.geteuid() or ORDINARY_UID):
+        if name == "root" and os.geteuid() != 0:
+            continue
+        home = playground / name
+        home.mkdir()
+        os.chown(str(home), uid, uid)
+        caller = Caller(uid, sys.executable, home, home / "rootfs")
+        try:
+            ended(caller.popen([sys.executable, "-c", ""]))
+        except OSError:  # a Python in root's home
+            caller.python = PYTHON
+        script = ["sh", str(ROOTFS_SCRIPT), str(caller.rootfs)]
+        assert ended(caller.popen(script)).status == 0
+        made[name] = caller
+        before[name] = tree(caller.rootfs)
+    yield made
+    for name, caller in made.items():
+        assert tree(caller.rootfs) == before[name], "a test changed the rootfs itself"
+
+
+@pytest.fixture(params=[AS_ROOT, "user"])
+def account(request, accounts):
+    """The caller, with a fresh directory for this test."""
+    need(request.param in accounts, "root (use sudo)")
+    caller = accounts[request.param]
+    if request.param == "user":
+        probe = ["unshare", "-Ur", "true"]
+        need(ended(caller.popen(probe)).status == 0, "user namespaces for everybody")
+    fresh = Path(tempfile.mkdtemp(dir=str(caller.rootfs.parent)))
+    os.chown(str(fresh), caller.uid, caller.uid)
+    return Caller(caller.uid, caller.python, fresh, caller.rootfs)
+
+
+@pytest.fixture
+def mydocker(account):
+    """mydocker.py run, in the host's view."""
+    return account
+
+
+@pytest.fixture
+def busybox(account):
+    """mydocker.py run --rootfs DIR."""
+    options = ("--rootfs", account.rootfs)
+    return Caller(account.uid, account.python, account.dir, account.rootfs, options)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(playground):
+    """After every test the host is as it was before it."""
+
+    def temporary():
+        foreign = ("pytest-", "systemd-private-")
+        return {name for name in os.listdir("/tmp") if not name.startswith(foreign)}
+
+    def living():
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+        return children(os.getpid())
+
+    mountinfo, cgroups = Path("/proc/self/mountinfo").read_bytes(), cgroups_left()
+    files = temporary()
+    yield
+    wait_until(lambda: not living(), "the last process of the test to end")
+    assert Path("/proc/self/mountinfo").read_bytes() == mountinfo
+    with contextlib.suppress(AssertionError):  # a neighbour's run may be just ending
+        wait_until(lambda: cgroups_left() <= cgroups, seconds=3)
+    assert cgroups_left() <= cgroups
+    assert temporary() <= files
+
+
+# ---- Command line and pure functions -------------------------------------------------
+
+OPTIONS = """--interactive --tty --memory --memory-swap --memory-swappiness --cpu-shares
+    --cpus --cpuset-cpus --cpuset-mems --pids-limit --oom-score-adj --rootfs --upperdir
+    --read-only --volume --tmpfs --workdir --env --user --hostname --name --network
+    --cap-add --cap-drop --privileged --pidfile --cgroup-parent --stop-timeout
+    --explain --log-format""".split()
+
+
+@pytest.fixture
+def cli(accounts):
+    """The command line alone, for what ends before a container begins."""
+    return next(iter(accounts.values())).cli
+
+
+def test_help_names_every_option(cli):
+    result = cli("run", "--help")
+    assert (result.status, result.err) == (0, "")
+    assert [option for option in OPTIONS if option not in result.out] == []
+
+
+def test_help_without_a_command_names_run(cli):
+    result = cli("--help")
+    assert (result.status, result.err) == (0, "")
+    assert "run" in result.out and "usage" in result.out.lower()
+
+
+def test_version_is_one_line(cli):
+    result = cli("--version")
+    assert (result.status, result.err) == (0, "")
+    assert re.fullmatch(r"mydocker(\.py)? \d\S*\n", result.out)
+
+
+def test_nothing_at_all_prints_the_usage(cli):
+    result = cli()
+    assert result.status == USAGE_ERROR
+    assert result.out == "" and "usage" in result.err.lower()
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("frobnicate", "frobnicate"),
+        ("run", "command"),
+        ("run -ti", "command"),
+        ("run --", "command"),
+        ("run --nosuch true", "--nosuch"),
+        ("run --mem 5m true", "--mem"),
+        ("run --interact true", "--interact"),
+        ("run -m", "-m"),
+        ("run -tx true", "-"),
+        ("run --tty=yes true", "--tty"),
+        ("run -m abc true", "abc"),
+        ("run -m -5m true", "-5m"),
+        ("run -m 1.2.3m true", "1.2.3m"),
+        ("run -m 10x true", "10x"),
+        ("run -m 10mbb true", "10mbb"),
+        ("run -m nan true", "nan"),
+        ("run -m inf true", "inf"),
+        ("run -m 0 true", "0"),
+        ("run -m 99999999999t true", "99999999999t"),
+        ("run --memory-swap 10m true", "--memory-swap"),
+        ("run -m 20m --memory-swap 10m true", "--memory-swap"),
+        ("run --memory-swappiness 101 true", "101"),
+        ("run --memory-swappiness -1 true", "-1"),
+        ("run -c 1 true", "1"),
+        ("run -c 262145 true", "262145"),
+        ("run -cpushare many true", "many"),
+        ("run --cpus 0 true", "0"),
+        ("run --cpus 0.001 true", "0.001"),
+        ("run --cpus 99999 true", "99999"),
+        ("run --cpus nan true", "nan"),
+        ("run --cpus half true", "half"),
+        ("run -cpuset 0- true", "0-"),
+        ("run -cpuset 1-0 true", "1-0"),
+        ("run -cpuset zero true", "zero"),
+        ("run -cpuset 0-999999999 true", "0-999999999"),
+        ("run --pids-limit few true", "few"),
+        ("run --pids-limit -2 true", "-2"),
+        ("run --oom-score-adj 1001 true", "1001"),
+        ("run --oom-score-adj -1001 true", "-1001"),
+        ("run --rootfs /nonexistent true", "/nonexistent"),
+        ("run --rootfs /etc/passwd true", "/etc/passwd"),
+        ("run -v /nonexistent:/mnt true", "/nonexistent"),
+        ("run -v /etc true", "/etc"),
+        ("run -v /etc:relative true", "relative"),
+        ("run -v /etc:/mnt:rx true", "rx"),
+        ("run -v :/mnt true", ":/mnt"),
+        ("run --tmpfs relative true", "relative"),
+        ("run -w relative true", "relative"),
+        ("run -e =value true", "=value"),
+        ("run --hostname a/b true", "a/b"),
+        ("run --hostname= true", "hostname"),
+        (f"run --hostname {'h' * 65} true", "hostname"),
+        ("run --name -x true", "-x"),
+        ("run --name a/b true", "a/b"),
+        ("run --name= true", "name"),
+        ("run --network bridge true", "bridge"),
+        ("run --cap-add NOSUCH true", "NOSUCH"),
+        ("run --cap-drop CAP_NOSUCH true", "NOSUCH"),
+        ("run --stop-timeout soon true", "soon"),
+        ("run --stop-timeout -1 true", "-1"),
+        ("run --log-format xml true", "xml"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_125(cli, line, said):
+    assert said in refusal(cli(*line.split(" ")))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a b", "ä", "a_b\t"])
+def test_a_hostname_cannot_carry_lines_or_blanks(cli, name):
+    assert "hostname" in refusal(cli("run", "--hostname", name, "true"))
+
+
+@root_only
+@pytest.mark.parametrize("option, kind", [("-cpuset", "cpu"), ("--cpuset-mems", "node")])
+def test_a_cpu_or_node_that_is_not_there_is_told_with_those_that_are(busybox, option, kind):
+    available = read(f"/sys/devices/system/{kind}/online").strip()
+    assert f"available: {available}" in refusal(busybox(option, "0,4095", "true"))
+
+
+@pytest.fixture(scope="session")
+def program():
+    """mydocker.py as a module, for its pure functions."""
+    spec = importlib.util.spec_from_file_location("mydocker", str(PROGRAM))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("1", 1), ("1b", 1), ("1048576", MIB), ("1k", 1024), ("1K", 1024), ("1kb", 1024),
+        ("1KiB", 1024), ("100m", 100 * MIB), ("100M", 100 * MIB), ("60mb", 60 * MIB),
+        ("64MiB", 64 * MIB), ("1.5g", 1536 * MIB), ("0.5m", MIB >> 1), ("1.25k", 1280),
+        ("2t", 2 << 40), ("2TiB", 2 << 40), ("0.0009765625k", 1),
+    ],
+)  # fmt: skip
+def test_a_size_is_a_number_and_a_unit_of_1024(program, text, size):
+    assert program.parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "m", "1.", ".", "1..5m", "1,5m", "1 m", " 1m", "1m ", "+1m", "1e3", "0x10", "1mm",
+     "1ibm", "1i", "1p", "٣m", "1_000", "0", "0.0001b", "9" * 5000],
+)  # fmt: skip
+def test_what_is_no_size_is_refused(program, text):
+    with pytest.raises(ValueError):
+        program.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "shares, weight",
+    [(2, 1), (10, 4), (512, 59), (1024, 100), (4096, 303), (262144, 10000)],
+)
+def test_cpu_shares_become_the_weight_that_runc_and_crun_give_them(program, shares, weight):
+    assert program.shares_to_weight(shares) == weight
+
+
+def test_options_end_at_the_first_word_that_is_none(busybox):
+    words = ["-m", "5m", "--help", "-v", "--", "-cpuset", "-c"]
+    assert busybox.out("echo", *words) == " ".join(words) + "\n"
+
+
+def test_a_lone_double_dash_ends_the_options_and_is_dropped(busybox):
+    assert busybox.out("--", "echo", "--", "-i") == "-- -i\n"
+
+
+def test_the_commands_own_words_may_look_like_our_options(busybox):
+    out = busybox.out("-i", "sh", "-c", 'echo "$0 $1"', "-cpuset", "-ti")
+    assert out == "-cpuset -ti\n"
+
+
+# ---- Namespaces and root filesystem --------------------------------------------------
+
+
+def test_a_command_that_does_nothing_leaves_no_word(busybox):
+    assert busybox("true") == Result(0, "", "")
+
+
+@root_only
+def test_a_command_runs_in_the_hosts_view_without_any_preparation(mydocker):
+    assert mydocker("/bin/true") == Result(0, "", "")
+
+
+def test_the_command_is_pid_1(busybox):
+    assert busybox.out(*SH, "echo $$") == "1\n"
+
+
+@root_only
+def test_ps_shows_the_command_as_pid_1_and_nothing_of_the_host(mydocker):
+    need(shutil.which("ps"), "ps (procps)")
+    _, *rows = mydocker.out("ps", "-ef").splitlines()
+    assert [(row.split()[1], row.split()[7:]) for row in rows] == [("1", ["ps", "-ef"])]
+
+
+@root_only
+def test_ten_runs_in_a_row_are_all_alike(mydocker):
+    results = [mydocker(*SH, "echo a b; exit 5") for _ in range(10)]
+    assert results == [Result(5, "a b\n", "")] * 10
+
+
+@pytest.mark.parametrize("name", ["pid", "mnt", "uts", "ipc", "net", "cgroup"])
+def test_each_namespace_is_the_containers_own(busybox, name):
+    inside = busybox.out("readlink", f"/proc/self/ns/{name}").strip()
+    assert inside.startswith(f"{name}:")
+    assert inside != os.readlink(f"/proc/self/ns/{name}")
+
+
+@root_only
+def test_root_needs_no_user_namespace(busybox):
+    inside = busybox.out("readlink", "/proc/self/ns/user").strip()
+    assert inside == os.readlink("/proc/self/ns/user")
+
+
+def test_proc_shows_the_containers_processes_only(busybox):
+    names = busybox.out("ls", "/proc").split()
+    assert [name for name in names if name.isdigit()] == ["1"]
+
+
+def test_the_hostname_is_the_containers_id_and_the_hosts_stays(busybox):
+    before = socket.gethostname()
+    assert re.fullmatch("[0-9a-f]{12}\n", busybox.out("hostname"))
+    assert socket.gethostname() == before
+
+
+def test_each_container_has_another_id(busybox):
+    assert busybox.out("hostname") != busybox.out("hostname")
+
+
+def test_loopback_is_the_only_interface_and_it_is_up(busybox):
+    assert busybox.out("ls", "/sys/class/net") == "lo\n"
+    assert int(busybox.out("cat", "/sys/class/net/lo/flags"), 16) & 1
+
+
+def test_a_server_on_the_containers_loopback_can_be_reached(busybox):
+    script = "nc -l -p 8080 -e echo hello & until nc 127.0.0.1 8080; do :; done"
+    result = busybox(*SH, f"({script}) 2>/dev/null")
+    assert (result.status, result.out) == (0, "hello\n")
+
+
+def test_a_server_on_the_hosts_loopback_cannot_be_reached(busybox):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        port = server.getsockname()[1]
+        assert busybox("nc", "-w", "5", "127.0.0.1", port).status == 1
+
+
+def test_the_root_is_the_rootfs(busybox):
+    inside = set(busybox.out("ls", "/").split())
+    assert inside == set(os.listdir(str(busybox.rootfs)))
+
+
+DEVICES = ["null", "zero", "full", "random", "urandom", "tty"]
+
+
+def test_nothing_of_the_hosts_root_is_mounted_any_more(busybox):
+    table = mounts(busybox.out("cat", "/proc/self/mountinfo"))
+    assert table["/"].type == "overlay"
+    ours = {"overlay", "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"}
+    for mount in table.values():  # device nodes may be the host's, by bind
+        assert mount.type in ours or mount.root.split("/")[-1] in DEVICES, mount
+
+
+def test_every_mount_is_private(busybox):
+    for line in busybox.out("cat", "/proc/self/mountinfo").splitlines():
+        assert "shared:" not in line and "master:" not in line
+
+
+@root_only
+def test_a_host_that_shares_its_mounts_gets_none_of_ours(busybox):
+    """As under systemd, which makes every mount of the host shared."""
+    need(shutil.which("unshare"), "unshare (util-linux)")
+    look = "cat /proc/self/mountinfo"
+    script = f'{look} >before; "$@" >inside && {look} | cmp - before && cat inside'
+    around = ["unshare", "--mount", "--propagation", "shared", "sh", "-c", script, "sh"]
+    command = busybox.words("run", *busybox.options, *look.split())
+    result = ended(busybox.popen([*around, *command]))
+    assert (result.status, result.err) == (0, "")
+    assert " shared:" in read(busybox.dir / "before")
+    assert " shared:" not in result.out and " master:" not in result.out
+
+
+@pytest.mark.parametrize(
+    "point, kind, options",
+    [
+        ("/proc", "proc", {"rw", "nosuid", "nodev", "noexec"}),
+        ("/dev", "tmpfs", {"nosuid"}),
+        ("/dev/pts", "devpts", {"nosuid", "noexec"}),
+        ("/dev/shm", "tmpfs", {"rw", "nosuid", "nodev"}),
+        ("/dev/mqueue", "mqueue", {"nosuid", "nodev", "noexec"}),
+        ("/sys", "sysfs", {"ro", "nosuid", "nodev", "noexec"}),
+    ],
+)
+def test_the_kernels_filesystems_are_mounted_as_in_docker(busybox, point, kind, options):
+    mount = mounts(busybox.out("cat", "/proc/self/mountinfo"))[point]
+    assert mount.type == kind
+    assert options <= mount.options
+
+
+@pytest.mark.parametrize(
+    "name, numbers",
+    [
+        ("null", "1,3"), ("zero", "1,5"), ("full", "1,7"), ("random", "1,8"),
+        ("urandom", "1,9"), ("tty", "5,0"),
+    ],
+)  # fmt: skip
+def test_device_nodes_are_those_of_linux_and_for_everybody(busybox, name, numbers):
+    out = busybox.out("stat", "-c", "%F %a %t,%T", f"/dev/{name}")
+    assert out == f"character special file 666 {numbers}\n"
+
+
+def test_a_device_node_works(busybox):
+    script = "echo gone >/dev/null; head -c 3 /dev/zero | od -An -tx1"
+    assert busybox.out(*SH, script).split() == ["00", "00", "00"]
+
+
+@pytest.mark.parametrize(
+    "link, target",
+    [
+        ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2"),
+        ("ptmx", "pts/ptmx"),
+    ],
+)  # fmt: skip
+def test_dev_has_the_usual_links(busybox, link, target):
+    assert busybox.out("readlink", f"/dev/{link}") == target + "\n"
+
+
+def test_dev_holds_nothing_of_the_host(busybox):
+    usual = """console fd full mqueue null ptmx pts random shm stderr stdin stdout tty
+        urandom zero core""".split()
+    assert set(busybox.out("ls", "/dev").split()) <= set(usual)
+
+
+def test_dev_shm_is_64_mib_for_everybody(busybox):
+    script = "df -k /dev/shm | tail -n 1; stat -c %a /dev/shm"
+    size, mode = busybox.out(*SH, script).splitlines()
+    assert size.split()[1] == "65536" and mode == "1777"
+
+
+def test_dev_itself_is_small(busybox):
+    size = busybox.out("df", "-k", "/dev").splitlines()[-1].split()[1]
+    assert int(size) <= 64 << 10
+
+
+@root_only
+def test_sys_fs_cgroup_is_read_only(busybox):
+    script = "mkdir /sys/fs/cgroup/x || mkdir /sys/fs/cgroup/*/x"
+    result = busybox(*SH, script)
+    assert result.status == 1
+    assert "Read-only file system" in result.err
+
+
+def test_what_is_written_to_the_root_is_gone_afterwards(busybox):
+    script = "test ! -e /new && echo x >/new && rm -r /bin/sh && test -e /new"
+    assert busybox.out(*SH, script) == busybox.out(*SH, script) == ""
+    assert not (busybox.rootfs / "new").exists()
+
+
+def test_the_rootfs_is_not_changed_by_the_mount_points_it_lacks(account):
+    bare = account.path("bare")
+    ended(account.popen(["cp", "-a", f"{account.rootfs}/bin", str(bare)]))
+    before = tree(bare)
+    volume = f"{account.rootfs}:/deep/below"
+    assert account.out("--rootfs", bare, "-v", volume, "ls", "/deep/below/bin/sh")
+    assert tree(bare) == before
+
+
+def test_stacked_rootfs_show_the_topmost_file(account):
+    lower, upper = account.path("lower"), account.path("upper")
+    for directory, names in (lower, "ab"), (upper, "bc"):
+        for name in names:
+            (directory / name).write_text(directory.name)
+    stack = ("--rootfs", account.rootfs, "--rootfs", lower, "--rootfs", upper)
+    assert account.out(*stack, "cat", "/a", "/b", "/c") == "lowerupperupper"
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b", "c,d", "e\\f", "g h", "ö", "x=y,upperdir=z", "\\:", "new\nline"]
+)
+def test_a_rootfs_may_have_any_name(account, name):
+    odd = account.dir / name
+    ended(account.popen(["cp", "-a", str(account.rootfs), str(odd)]))
+    assert account.out("--rootfs", odd, "echo", "fine") == "fine\n"
+
+
+def test_a_relative_rootfs_is_relative_to_the_callers_directory(account):
+    home = account.rootfs.parent
+    assert account.out("--rootfs", "rootfs", "echo", "fine", cwd=home) == "fine\n"
+
+
+def test_upperdir_keeps_the_files_for_the_next_run(busybox):
+    layer = busybox.dir / "layer"
+    keep = ("--upperdir", layer)
+    busybox.out(*keep, *SH, "echo kept >/file; rm /etc/group")
+    assert busybox.out(*keep, *SH, "cat /file; test ! -e /etc/group") == "kept\n"
+
+
+def test_an_upperdir_that_is_deleted_is_forgotten(busybox):
+    layer = busybox.dir / "layer"
+    busybox.out("--upperdir", layer, *SH, "echo kept >/file")
+    remove(layer)
+    assert busybox("--upperdir", layer, "cat", "/file").status == 1
+
+
+def test_an_upperdir_serves_one_container_at_a_time(busybox):
+    layer = busybox.dir / "layer"
+    words = ("--upperdir", layer, *IDLE)
+    with busybox.start(*words) as first:
+        first.line()
+        assert str(layer) in refusal(busybox("--upperdir", layer, "true"))
+
+
+def test_read_only_refuses_writes_to_the_root(busybox):
+    result = busybox("--read-only", *SH, "echo x >/file")
+    assert result.status != 0
+    assert "Read-only file system" in result.err
+
+
+def test_read_only_leaves_dev_shm_volumes_and_tmpfs_writable(busybox):
+    volume = busybox.path("volume")
+    places = ("-v", f"{volume}:/volume", "--tmpfs", "/scratch")
+    script = "for d in /dev/shm /volume /scratch; do echo x >$d/file || exit; done"
+    assert busybox.out("--read-only", *places, *SH, script) == ""
+
+
+def test_ls_lists_the_callers_directory(mydocker):
+    mydocker.path("one", "")
+    mydocker.path("two", "")
+    result = mydocker("/bin/ls")
+    assert (result.status, result.out) == (0, "one\ntwo\n")
+
+
+@root_only
+def test_the_hosts_view_may_be_wrecked_and_the_host_is_untouched(mydocker):
+    precious = mydocker.path("precious", "gold")
+    script = f"rm -rf {mydocker.dir} /etc /opt; echo x >/etc 2>&1; ls -d /etc/passwd"
+    assert mydocker(*SH, script).status == 2
+    assert precious.read_text() == "gold"
+    assert os.path.exists("/etc/passwd")
+
+
+@root_only
+def test_other_filesystems_below_the_root_are_copied_on_write_too(mydocker):
+    other = mydocker.path("other")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(other)], check=True)
+    try:
+        (other / "file").write_text("the host's")
+        script = "cat file; echo changed >file; cat file"
+        assert mydocker.out(*SH, script, cwd=other) == "the host'schanged\n"
+        assert (other / "file").read_text() == "the host's"
+    finally:
+        subprocess.run(["umount", str(other)], check=True)
+
+
+def test_the_hosts_sockets_in_run_are_not_visible(mydocker):
+    assert os.listdir("/run")
+    assert mydocker("ls", "-A", "/run").out == ""
+
+
+def test_a_callers_directory_that_is_not_visible_gives_the_root_and_a_line(mydocker):
+    result = mydocker("pwd", cwd="/dev/shm")
+    assert (result.status, result.out) == (0, "/\n")
+    assert [line for line in result.err.splitlines() if "/dev/shm" in line]
+
+
+# ---- Options -------------------------------------------------------------------------
+
+
+def test_a_volume_shows_a_directory_of_the_host(busybox):
+    source = busybox.path("source")
+    (source / "there").write_text("and back")
+    assert busybox.out("-v", f"{source}:/mnt", "cat", "/mnt/there") == "and back"
+
+
+def test_a_volume_is_written_through_and_owned_by_the_caller(busybox):
+    source = busybox.path("source")
+    busybox.out("-v", f"{source}:/mnt", *SH, "echo kept >/mnt/file")
+    assert (source / "file").read_text() == "kept\n"
+    assert (source / "file").stat().st_uid == busybox.uid
+
+
+def test_a_read_only_volume_refuses_writes(busybox):
+    source = busybox.path("source")
+    result = busybox("-v", f"{source}:/mnt:ro", *SH, "echo x >/mnt/file")
+    assert result.status != 0 and os.listdir(str(source)) == []
+    assert "Read-only file system" in result.err
+
+
+def test_a_read_only_volume_cannot_be_made_writable_through_a_mount_below(busybox):
+    with mounted_below(busybox) as (source, below):
+        result = busybox("-v", f"{source}:/mnt:ro", *SH, "echo x >/mnt/below/file")
+        assert result.status != 0 and os.listdir(str(below)) == []
+
+
+def test_a_volume_brings_the_mounts_below_it(busybox):
+    with mounted_below(busybox) as (source, below):
+        (below / "file").write_text("deep")
+        assert busybox.out("-v", f"{source}:/mnt", "cat", "/mnt/below/file") == "deep"
+
+
+@contextlib.contextmanager
+def mounted_below(caller):
+    """A directory with a tmpfs on a directory below it."""
+    if os.geteuid():
+        pytest.skip("only root can mount the example")
+    source, below = caller.path("source"), caller.path("source/below")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(below)], check=True)
+    try:
+        below.chmod(0o777)
+        yield source, below
+    finally:
+        subprocess.run(["umount", str(below)], check=True)
+
+
+def test_a_mount_made_on_the_host_later_does_not_come_in(busybox):
+    if os.geteuid():
+        pytest.skip("only root can mount the example")
+    source = busybox.path("source")
+    (source / "below").mkdir()
+    script = "echo ready; read line; ls /mnt/below"
+    words = ("-i", "-v", f"{source}:/mnt", *SH, script)
+    with busybox.start(*words, stdin=subprocess.PIPE) as container:
+        container.line()
+        below = str(source / "below")
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", below], check=True)
+        try:
+            (source / "below" / "late").write_text("")
+            container.process.stdin.write(b"go\n")
+            assert container.end() == Result(0, "", "")
+        finally:
+            subprocess.run(["umount", below], check=True)
+
+
+def test_a_file_can_be_a_volume_on_a_file(busybox):
+    file = busybox.path("file", "mine")
+    assert busybox.out("-v", f"{file}:/etc/passwd", "cat", "/etc/passwd") == "mine"
+
+
+def test_a_volumes_missing_target_is_made(busybox):
+    file = busybox.path("file", "mine")
+    directory = busybox.path("directory")
+    volumes = ("-v", f"{file}:/a/b/file", "-v", f"{directory}:/c/d")
+    assert busybox.out(*volumes, *SH, "cat /a/b/file; ls -d /c/d") == "mine/c/d\n"
+
+
+def test_a_relative_source_is_relative_to_the_callers_directory(busybox):
+    busybox.path("file", "mine")
+    assert busybox.out("-v", "./file:/mine", "cat", "/mine") == "mine"
+
+
+def test_volumes_are_mounted_in_the_order_that_nests_them(busybox):
+    outer, inner = busybox.path("outer"), busybox.path("inner", "in")
+    volumes = ("-v", f"{inner}:/data/in/file", "-v", f"{outer}:/data")
+    result = busybox(*volumes, "cat", "/data/in/file")
+    assert result.status in (0, 1)  # as given or sorted: never a failure of mydocker
+
+
+def test_a_volume_works_in_the_hosts_view(mydocker):
+    source = mydocker.path("source")
+    result = mydocker("-v", f"{source}:/tmp/volume", *SH, "echo x >/tmp/volume/file")
+    assert result.status == 0
+    assert (source / "file").read_text() == "x\n"
+
+
+def test_a_tmpfs_is_empty_writable_and_careful(busybox):
+    out = busybox.out("--tmpfs", "/etc", *SH, "echo x >/etc/x; ls /etc; cat /proc/mounts")
+    first, _, table = out.partition("\n")
+    (line,) = [line for line in table.splitlines() if " /etc " in line]
+    assert first == "x"
+    assert {"rw", "nosuid", "nodev", "noexec"} <= set(line.split()[3].split(","))
+
+
+def test_a_tmpfs_takes_size_and_mode(busybox):
+    script = "df -k /t | tail -n 1; stat -c %a /t"
+    size, mode = busybox.out("--tmpfs", "/t:size=1m,mode=700", *SH, script).splitlines()
+    assert size.split()[1] == "1024" and mode == "700"
+
+
+def test_a_tmpfs_may_be_executable(busybox):
+    script = "cp /bin/busybox /t/echo && /t/echo ran"
+    assert busybox.out("--tmpfs", "/t:exec", *SH, script) == "ran\n"
+    assert busybox("--tmpfs", "/t", *SH, script).status == 126
+
+
+def test_the_default_directory_is_the_root(busybox):
+    assert busybox.out("pwd") == "/\n"
+
+
+def test_the_workdir_is_made_when_it_is_missing(busybox):
+    assert busybox.out("-w", "/not/yet", "pwd") == "/not/yet\n"
+
+
+def test_the_environment_is_path_home_and_hostname(busybox):
+    words = dict(line.split("=", 1) for line in busybox.out("env").splitlines())
+    words.pop("PWD", None), words.pop("SHLVL", None)
+    assert sorted(words) == ["HOME", "HOSTNAME", "PATH"]
+    assert words["HOME"] == "/root"
+    assert words["PATH"].split(":")[-2:] == ["/sbin", "/bin"]
+    assert re.fullmatch("[0-9a-f]{12}", words["HOSTNAME"])
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (["-e", "A=b c=d"], "A=b c=d"),
+        (["-e", "A="], "A="),
+        (["--env=A=1", "-e", "A=2"], "A=2"),
+        (["-e", "CALLERS"], "CALLERS=its own"),
+        (["-e", "HOME=/elsewhere"], "HOME=/elsewhere"),
+    ],
+)
+def test_env_sets_a_variable(busybox, options, line):
+    environment = {**os.environ, "CALLERS": "its own"}
+    assert line in busybox.out(*options, "env", env=environment).splitlines()
+
+
+def test_env_of_a_name_that_the_caller_lacks_sets_nothing(busybox):
+    assert "NOBODY_HAS_IT" not in busybox.out("-e", "NOBODY_HAS_IT", "env")
+
+
+def test_the_path_that_finds_the_command_is_the_containers(busybox):
+    place = busybox.path("place")
+    tool = place / "tool"
+    tool.write_text("#!/bin/sh\necho found\n")
+    tool.chmod(0o755)
+    words = ("-v", f"{place}:/place", "-e", "PATH=/nowhere:/place:/bin")
+    assert busybox.out(*words, "tool") == "found\n"
+
+
+@pytest.fixture
+def staff(account):
+    """A rootfs with accounts of its own on top of busybox's."""
+    etc = account.path("staff") / "etc"
+    etc.mkdir()
+    (etc / "passwd").write_text(
+        "root:x:0:0::/root:/bin/sh\nann:x:1001:100::/home/ann:/bin/sh\n"
+    )
+    (etc / "group").write_text("root:x:0:\nusers:x:100:\nwheel:x:10:root,ann\n")
+    options = ("--rootfs", account.rootfs, "--rootfs", etc.parent)
+    return Caller(account.uid, account.python, account.dir, account.rootfs, options)
+
+
+@root_only
+@pytest.mark.parametrize(
+    "user, seen",
+    [
+        ("ann", "1001 100 10 100 /home/ann"),
+        ("1001", "1001 100 10 100 /home/ann"),
+        ("ann:wheel", "1001 10 10 /home/ann"),
+        ("ann:7", "1001 7 7 /home/ann"),
+        ("4242", "4242 0 0 /"),
+        ("4242:4343", "4242 4343 4343 /"),
+        ("root", "0 0 0 10 /root"),
+    ],
+)
+def test_user_and_groups_come_from_the_containers_own_files(staff, user, seen):
+    script = "echo $(id -u) $(id -g) $(id -G | tr ' ' '\\n' | sort -n | uniq) $HOME"
+    assert staff.out("-u", user, *SH, script) == seen + "\n"
+
+
+@pytest.mark.parametrize("user", ["bob", "ann:nogroup", "bob:users", ":", "-1"])
+def test_an_unknown_user_or_group_is_an_error(staff, user):
+    assert "user" in refusal(staff("-u", user, "true"))
+
+
+def test_hostname_names_the_container(busybox):
+    assert busybox.out("--hostname", "box.example", "hostname") == "box.example\n"
+
+
+@root_only
+def test_a_name_in_use_is_refused(busybox):
+    words = ("--name", "my.box_1-2", *IDLE)
+    with busybox.start(*words) as container:
+        container.line()
+        assert "my.box_1-2" in refusal(busybox("--name", "my.box_1-2", "true"))
+
+
+def test_a_name_can_be_used_again_afterwards(busybox):
+    for _ in range(2):
+        assert busybox.out("--name", "again", "echo", "fine") == "fine\n"
+
+
+def test_network_host_is_the_hosts(busybox):
+    inside = busybox.out("--network", "host", "readlink", "/proc/self/ns/net").strip()
+    assert inside == os.readlink("/proc/self/ns/net")
+
+
+@pytest.mark.parametrize("name", ["resolv.conf", "hosts"])
+def test_network_host_brings_the_hosts_names(busybox, name):
+    need(os.path.exists(f"/etc/{name}"), f"/etc/{name}")
+    out = busybox.out("--network", "host", "cat", f"/etc/{name}")
+    assert out == read(f"/etc/{name}")
+
+
+def test_network_none_is_the_default_by_name(busybox):
+    assert busybox.out("--network", "none", "ls", "/sys/class/net") == "lo\n"
+
+
+def test_the_pidfile_is_there_while_the_container_lives(busybox):
+    with busybox.start(*IDLE) as container:
+        container.line()
+        pid1 = int(container.pidfile.read_text())  # written before the command started
+        assert status_field(read(f"/proc/{pid1}/status"), "NSpid").split()[-1] == "1"
+        os.kill(pid1, signal.SIGKILL)
+        assert container.end().status == 137
+        assert not container.pidfile.exists()
+
+
+@root_only
+def test_nsenter_enters_by_the_pidfile(busybox):
+    need(shutil.which("nsenter"), "nsenter (util-linux)")
+    words = ("--hostname", "entered", *IDLE)
+    with busybox.start(*words) as container:
+        container.line()
+        command = ["nsenter", "-t", str(container.pid1), "-a", "hostname"]
+        assert subprocess.check_output(command, cwd="/") == b"entered\n"
+
+
+# ---- Limits --------------------------------------------------------------------------
+
+LAST_CPU = str(max(os.sched_getaffinity(0)))
+
+#    options, controller, v1 file and value, v2 file and value
+LIMITS = [
+    ("-m 100m", "memory", "memory.limit_in_bytes", "104857600",
+     "memory.max", "104857600"),
+    ("-m100m", "memory", "memory.limit_in_bytes", "104857600",
+     "memory.max", "104857600"),
+    ("--memory=100m", "memory", "memory.limit_in_bytes", "104857600",
+     "memory.max", "104857600"),
+    ("-m 64MiB", "memory", "memory.limit_in_bytes", "67108864",
+     "memory.max", "67108864"),
+    ("-m 60mb", "memory", "memory.limit_in_bytes", "62914560",
+     "memory.max", "62914560"),
+    ("-m 1.5G", "memory", "memory.limit_in_bytes", "1610612736",
+     "memory.max", "1610612736"),
+    ("-m 8388608", "memory", "memory.limit_in_bytes", "8388608",
+     "memory.max", "8388608"),
+    ("-m 100m", "memory", "memory.memsw.limit_in_bytes", "209715200",
+     "memory.swap.max", "104857600"),
+    ("-m 100m --memory-swap 150m", "memory", "memory.memsw.limit_in_bytes", "157286400",
+     "memory.swap.max", "52428800"),
+    ("-m 100m --memory-swap 100m", "memory", "memory.memsw.limit_in_bytes", "104857600",
+     "memory.swap.max", "0"),
+    ("-m 100m --memory-swap -1", "memory", "memory.memsw.limit_in_bytes",
+     "9223372036854771712", "memory.swap.max", "max"),
+    ("--memory-swappiness 0", "memory", "memory.swappiness", "0",
+     "memory.swap.max", "0"),
+    ("-c 512", "cpu", "cpu.shares", "512", "cpu.weight", "59"),
+    ("-cpushare 2", "cpu", "cpu.shares", "2", "cpu.weight", "1"),
+    ("--cpushare 10", "cpu", "cpu.shares", "10", "cpu.weight", "4"),
+    ("-cpushare=1024", "cpu", "cpu.shares", "1024", "cpu.weight", "100"),
+    ("--cpu-shares 4096", "cpu", "cpu.shares", "4096", "cpu.weight", "303"),
+    ("--cpu-shares=262144", "cpu", "cpu.shares", "262144", "cpu.weight", "10000"),
+    ("--cpus 0.5", "cpu", "cpu.cfs_quota_us", "50000", "cpu.max", "50000 100000"),
+    ("--cpus 1", "cpu", "cpu.cfs_quota_us", "100000", "cpu.max", "100000 100000"),
+    ("--cpus .25", "cpu", "cpu.cfs_period_us", "100000", "cpu.max", "25000 100000"),
+    (f"-cpuset {LAST_CPU}", "cpuset", "cpuset.cpus", LAST_CPU, "cpuset.cpus", LAST_CPU),
+    (f"--cpuset {LAST_CPU}", "cpuset", "cpuset.cpus", LAST_CPU, "cpuset.cpus", LAST_CPU),
+    ("--cpuset-cpus 0", "cpuset", "cpuset.cpus", "0", "cpuset.cpus", "0"),
+    ("--cpuset-mems 0", "cpuset", "cpuset.mems", "0", "cpuset.mems", "0"),
+    ("--pids-limit 64", "pids", "pids.max", "64", "pids.max", "64"),
+    ("", "pids", "pids.max", "2048", "pids.max", "2048"),
+]  # fmt: skip
+
+each_limit = pytest.mark.parametrize(
+    "options, controller, file1, value1, file2, value2", LIMITS
+)
+
+
+def expected(controller, pair1, pair2):
+    """The file and the value by the version of cgroups that has the controller."""
+    need(version(controller), f"the cgroup controller {controller}")
+    return pair1 if version(controller) == 1 else pair2
+
+
+@root_only
+@each_limit
+def test_a_limit_is_seen_inside(
+    busybox, options, controller, file1, value1, file2, value2
+):
+    file, value = expected(controller, (f"*/{file1}", value1), (file2, value2))
+    words = (*options.split(), *SH, f"cat /sys/fs/cgroup/{file}")
+    assert busybox.out(*words) == value + "\n"
+
+
+@root_only
+@each_limit
+def test_a_limit_is_seen_on_the_host(
+    busybox, options, controller, file1, value1, file2, value2
+):
+    file, value = expected(controller, (file1, value1), (file2, value2))
+    words = (*options.split(), *IDLE)
+    with busybox.start(*words) as container:
+        container.line()
+        assert read(cgroup_of(container.pid1, controller) / file) == value + "\n"
+
+
+@root_only
+def test_several_limits_hold_together(busybox):
+    words = ("-m", "100m", "-cpuset", LAST_CPU, "-cpushare", "512", "--pids-limit", "99")
+    files = {
+        "memory": ("memory.limit_in_bytes", "memory.max", "104857600"),
+        "cpuset": ("cpuset.cpus", "cpuset.cpus", LAST_CPU),
+        "pids": ("pids.max", "pids.max", "99"),
+    }
+    with busybox.start(*words, *IDLE) as container:
+        container.line()
+        for controller, (file1, file2, value) in files.items():
+            file = expected(controller, file1, file2)
+            directory = cgroup_of(container.pid1, controller)
+            assert read(directory / file).strip() == value
+
+
+@root_only
+@pytest.mark.parametrize("controller", ["freezer", "devices", "blkio", "net_cls"])
+def test_a_hierarchy_without_a_limit_is_left_alone(busybox, controller):
+    if version(controller) != 1:
+        pytest.skip("not a hierarchy of its own here")
+    with busybox.start("-m", "50m", *IDLE) as container:
+        container.line()
+        assert cgroup_of(container.pid1, controller) == cgroup_of(os.getpid(), controller)
+
+
+@root_only
+def test_the_cgroup_is_named_after_the_container_and_its_owner(busybox):
+    words = ("--name", "box", "-m", "50m", *IDLE)
+    with busybox.start(*words) as container:
+        container.line()
+        pid = container.process.pid
+        name = f"box.{pid}.{start_time(pid)}"
+        parts = cgroup_of(container.pid1, "memory").parts
+        assert "mydocker" in parts and name in parts
+
+
+@root_only
+def test_a_process_is_inside_before_its_first_instruction(busybox):
+    script = "sh -c 'sleep 1000 & sleep 1000 & echo ready; wait'; :"
+    with busybox.start("-m", "50m", *SH, script) as container:
+        container.line()
+        inside = processes_in(os.readlink(f"/proc/{container.pid1}/ns/pid"))
+        procs = read(cgroup_of(container.pid1, "memory") / "cgroup.procs").split()
+        assert len(inside) == 4
+        assert sorted(map(int, procs)) == sorted(inside)
+
+
+@root_only
+def test_the_containers_cgroup_is_the_root_of_its_own_view(busybox):
+    out = busybox.out("-m", "50m", "--pids-limit", "9", "cat", "/proc/self/cgroup")
+    limited = [line for line in out.splitlines() if re.search(":(memory|pids)?:", line)]
+    assert limited and all(line.endswith(":/") for line in limited)
+
+
+@root_only
+def test_the_interpreters_own_memory_is_not_charged(busybox):
+    assert busybox.out("-m", "1m", *SH, "echo fine") == "fine\n"
+
+
+HOG = "dd if=/dev/zero of=/dev/null bs={} count=1 2>/dev/null"
+
+
+@root_only
+def test_a_command_beyond_its_memory_is_killed_and_the_reason_told(busybox):
+    result = busybox("-m", "50m", *SH, "exec " + HOG.format("100M"))
+    assert result.status == 137
+    assert re.fullmatch(
+        "mydocker: out of memory: the kernel killed 1 process at the 50 MiB limit "
+        r"\(peak (49|50)(\.\d+)? MiB\).*\n",
+        result.err,
+    )
+
+
+@root_only
+def test_a_command_within_its_memory_is_not(busybox):
+    assert busybox("-m", "100m", *SH, "exec " + HOG.format("50M")) == Result(0, "", "")
+
+
+@root_only
+def test_a_killed_child_is_told_even_when_the_command_succeeds(busybox):
+    result = busybox("-m", "50m", *SH, HOG.format("100M") + "; exit 0")
+    assert result.status == 0
+    assert "out of memory: the kernel killed 1 process at the 50 MiB" in result.err
+
+
+@root_only
+def test_swap_does_not_stretch_the_limit_when_it_is_equal(busybox):
+    words = ("-m", "50m", "--memory-swap", "50m")
+    assert busybox(*words, *SH, "exec " + HOG.format("60M")).status == 137
+
+
+@root_only
+def test_the_writable_layer_is_charged_to_the_container(busybox):
+    result = busybox("-m", "50m", "dd", "if=/dev/zero", "of=/big", "bs=1M", "count=100")
+    assert result.status == 137
+    assert "out of memory" in result.err and "writable layer" in result.err
+
+
+@pytest.fixture
+def stress():
+    need(shutil.which("stress"), "stress")
+    return "stress"
+
+
+@root_only
+@pytest.mark.parametrize("limit, use", [("500m", "1000m"), ("100m", "200m")])
+def test_the_books_stress_is_killed_beyond_its_memory(mydocker, stress, limit, use):
+    words = ("-ti", "-m", limit, stress, "--vm-bytes", use, "--vm-keep", "-m", "1")
+    result = mydocker(*words)
+    assert result.status == 1
+    assert "got signal 9" in result.out
+    assert f"at the {limit[:-1]} MiB limit" in result.err
+
+
+@root_only
+def test_the_books_stress_lives_within_its_limits(mydocker, stress):
+    limits = ("--cpushare", "8000", "--cpuset", f"0-{LAST_CPU}", "-m", "50m")
+    words = ("--vm-bytes", "30m", "--vm-keep", "--vm", "1", "--timeout", "1")
+    result = mydocker(*limits, shutil.which(stress), *words)
+    assert result.status == 0
+    assert "successful run completed" in result.out and result.err == ""
+
+
+@root_only
+def test_cpuset_confines_the_command_to_its_cpu(busybox):
+    out = busybox.out("-cpuset", LAST_CPU, "cat", "/proc/self/status")
+    assert status_field(out, "Cpus_allowed_list") == LAST_CPU
+
+
+@root_only
+def test_cpuset_leaves_the_memory_nodes_as_they_were(busybox):
+    out = busybox.out("-cpuset", LAST_CPU, "cat", "/proc/self/status")
+    ours = status_field(read("/proc/self/status"), "Mems_allowed_list")
+    assert status_field(out, "Mems_allowed_list") == ours
+
+
+BUSY = (*SH, "echo ready; while :; do :; done")
+
+
+def cpu_time(*containers, seconds):
+    """What each container consumes of a stretch of time."""
+    before = [cpu_seconds(container.pid1) for container in containers]
+    time.sleep(seconds)  # the stretch itself: nothing is awaited
+    after = [cpu_seconds(container.pid1) for container in containers]
+    return [end - start for start, end in zip(before, after)]
+
+
+@root_only
+def test_half_the_shares_get_half_of_what_the_neighbour_gets(busybox):
+    need(version("cpu") and version("cpuset"), "the cgroup controllers cpu and cpuset")
+    one = ("-cpuset", LAST_CPU)
+    less_for, more_for = ((*one, "-cpushare", shares, *BUSY) for shares in ("512", "1024"))
+    with busybox.start(*less_for) as small, busybox.start(*more_for) as large:
+        small.line(), large.line()
+        less, more = cpu_time(small, large, seconds=3)
+    assert 0.25 < less / (less + more) < 0.42
+
+
+@root_only
+def test_half_a_cpu_is_half_a_cpu(busybox):
+    with busybox.start("--cpus", "0.5", *BUSY) as container:
+        container.line()
+        (used,) = cpu_time(container, seconds=2)
+    assert 0.1 < used / 2 < 0.65  # the machine may have little to give
+
+
+@root_only
+def test_a_fork_bomb_stops_at_the_pids_limit_and_is_told(busybox):
+    result = busybox("--pids-limit", "20", *SH, "while :; do sleep 1000 & done")
+    assert result.status == 2
+    assert "can't fork" in result.err
+    assert re.search("^mydocker: .*20.*$", result.err, re.MULTILINE), result
+
+
+@root_only
+def test_no_more_processes_than_the_pids_limit_can_be_made(mydocker):
+    source = """if 1:
+        import os
+        made = 0
+        try:
+            while True:
+                if os.fork() == 0:
+                    os.read(os.pipe()[0], 1)
+                made += 1
+        except BlockingIOError:
+            print(made)"""
+    out = mydocker("--pids-limit", "20", PYTHON, "-c", source).out
+    assert out == "19\n"
+
+
+@root_only
+def test_swappiness_is_v1s_and_v2_says_so(busybox):
+    file = expected("memory", "memory.swappiness", None)
+    if file:
+        words = ("--memory-swappiness", "30", *SH, f"cat /sys/fs/cgroup/*/{file}")
+        assert busybox.out(*words) == "30\n"
+    else:
+        said = refusal(busybox("--memory-swappiness", "30", "true"))
+        assert "swappiness" in said and "v2" in said
+
+
+@root_only
+@pytest.mark.parametrize("score", ["0", "1", "1000"])
+def test_oom_score_adj_is_the_commands(busybox, score):
+    out = busybox.out("--oom-score-adj", score, "cat", "/proc/self/oom_score_adj")
+    assert out == score + "\n"
+
+
+@root_only
+def test_a_limit_that_cannot_be_set_ends_the_run(busybox):
+    above = str(int(read("/proc/sys/kernel/pid_max")) + (1 << 22))
+    assert "pids" in refusal(busybox("--pids-limit", above, "echo", "no"))
+
+
+@root_only
+def test_cgroup_parent_is_where_the_cgroup_goes(busybox):
+    controllers = [name for name in ("memory", "pids") if version(name)]
+    table = cgroup_mounts()
+    parents = {Path(table.get(name, table.get("")), "test-parent") for name in controllers}
+    for parent in parents:
+        parent.mkdir()
+    try:
+        words = ("--cgroup-parent", "/test-parent", "-m", "50m")
+        with busybox.start(*words, *IDLE) as container:
+            container.line()
+            for name in controllers:
+                assert "test-parent" in cgroup_of(container.pid1, name).parts
+    finally:
+        for parent in parents:
+            for directory, _, _ in os.walk(str(parent), topdown=False):
+                os.rmdir(directory)
+
+
+@root_only
+def test_the_next_run_sweeps_the_empty_cgroups_of_the_dead_only(busybox):
+    with busybox.start("-m", "50m", *IDLE) as container:
+        container.line()
+        own = cgroup_of(container.pid1, "memory")
+        while own.parent.name != "mydocker":
+            own = own.parent
+        start = start_time(os.getpid())
+        corpse = subprocess.Popen(["true"])
+        corpse.wait()
+        dead = own.parent / f"dead.{corpse.pid}.1"
+        alive = own.parent / f"alive.{os.getpid()}.{start}"
+        recycled = own.parent / f"recycled.{os.getpid()}.{int(start) + 1}"
+        foreign = own.parent / "foreign"
+        made = [dead, alive, recycled, foreign]
+        try:
+            for path in made:
+                path.mkdir()
+            busybox.out("-m", "50m", "true")
+            left = [path.name for path in [own, *made] if path.exists()]
+            assert left == [own.name, alive.name, "foreign"]
+        finally:
+            for path in made:
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()
+
+
+# ---- Terminal ------------------------------------------------------------------------
+
+
+def is_raw(window):
+    return not window.attributes[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
+
+
+@pytest.fixture
+def window(busybox):
+    """A shell of the container in a terminal window, at its prompt."""
+    with busybox.terminal("-ti", "sh") as window:
+        window.expect("# ")
+        yield window
+
+
+def start_cat(window):
+    """Have the shell run a cat that shows a file and then what is typed."""
+    window.type("cat /etc/hosts -\r")
+    window.expect("localhost\r\n")
+
+
+def test_the_shell_in_a_terminal_answers_and_ends(window):
+    window.type("echo a''b; exit 7\r")
+    window.expect("ab\r\n")
+    assert window.end().status == 7
+
+
+@root_only
+def test_the_books_first_shell_works(mydocker):
+    """run -ti -m 100m -cpuset 1 -cpushare 512 /bin/sh, and ps -ef in it."""
+    need(shutil.which("ps"), "ps (procps)")
+    words = ("-ti", "-m", "100m", "-cpuset", LAST_CPU, "-cpushare", "512", "/bin/sh")
+    with mydocker.terminal(*words) as window:
+        window.expect("# ")
+        window.type("ps -ef | tail -n +2 | head -n 1; exit 4\r")
+        result = window.end()
+    assert result.status == 4
+    assert re.search(r"root +1 +0 .* pts/0 .* /bin/sh\r\n", result.out)
+
+
+@pytest.mark.parametrize("flags", [["-ti"], ["-it"], ["-i", "-t"], ["--interactive", "--tty"]])
+def test_the_flags_for_a_terminal_can_be_bundled(busybox, flags):
+    with busybox.terminal(*flags, *SH, "tty; read word; echo ${word}b") as window:
+        window.expect("/dev/pts/0\r\n")
+        window.type("a\r")
+        assert window.end().out == "a\r\nab\r\n"
+
+
+def test_the_terminal_is_the_containers_own(busybox):
+    with busybox.terminal("-ti", *SH, "tty; ls /dev/pts; test -t 0 -a -t 1 -a -t 2") as window:
+        result = window.end()
+    assert result == (0, "/dev/pts/0\r\n0     ptmx\r\n", "")
+
+
+def test_term_is_xterm_in_a_terminal_only(busybox):
+    script = "echo TERM=$TERM"
+    with busybox.terminal("-ti", *SH, script) as window:
+        assert window.end().out == "TERM=xterm\r\n"
+    assert busybox.out(*SH, script) == "TERM=\n"
+
+
+def test_the_console_is_the_containers_terminal(busybox):
+    with busybox.terminal("-ti", *SH, "echo hello >/dev/console") as window:
+        assert window.end() == (0, "hello\r\n", "")
+
+
+def test_no_descriptor_of_the_container_is_the_hosts_terminal(busybox):
+    script = "echo ready; read line"
+    with busybox.terminal("-ti", "--pidfile", busybox.dir / "pid", *SH, script) as window:
+        window.expect("ready")
+        pid1 = int(read(busybox.dir / "pid"))
+        ours = os.fstat(window.slave)
+        for number in os.listdir(f"/proc/{pid1}/fd"):
+            theirs = os.stat(f"/proc/{pid1}/fd/{number}")
+            assert (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino)
+        window.type("\r")
+        assert window.end().status == 0
+
+
+def test_the_terminal_has_the_size_of_the_window(busybox):
+    with busybox.terminal("-ti", *SH, "stty size") as window:
+        assert window.end().out == "24 80\r\n"
+
+
+def test_the_terminal_follows_the_window(busybox):
+    script = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.05; done"
+    with busybox.terminal("-ti", *SH, script) as window:
+        window.expect("ready\r\n")
+        window.size(33, 111)
+        assert window.end() == (0, "33 111\r\n", "")
+
+
+def test_what_is_typed_is_echoed_once(busybox):
+    with busybox.terminal("-ti", *SH, "echo ready; exec cat") as window:
+        window.expect("ready\r\n")
+        window.type("word\r")
+        window.expect("word\r\nword\r\n")
+        window.type("\x04")
+        assert window.end() == (0, "", "")
+
+
+def test_ctrl_c_ends_the_program_and_not_the_shell(window):
+    start_cat(window)
+    window.type("\x03")
+    window.expect("# ")
+    window.type("echo ali''ve $?; exit\r")
+    window.expect("alive 130")
+    assert window.end().status == 0
+
+
+def test_ctrl_z_stops_the_program_and_fg_goes_on(window):
+    start_cat(window)
+    window.type("\x1a")
+    window.expect("Stopped")
+    window.type("jobs; echo ali''ve\r")
+    window.expect("Stopped")
+    window.expect("alive")
+    window.type("fg\r")
+    window.expect("fg\r\ncat /etc/hosts -\r\n")
+    window.type("pong\r")
+    window.expect("pong\r\npong\r\n")
+    window.type("\x04")
+    window.expect("# ")
+    window.type("exit 0\r")
+    assert window.end().status == 0
+
+
+def test_ctrl_d_ends_the_shell(window):
+    window.type("\x04")
+    assert window.end().status == 0
+
+
+def test_ctrl_backslash_goes_to_the_program_too(window):
+    start_cat(window)
+    window.type("\x1c")
+    window.expect("Quit")
+    window.type("exit 0\r")
+    assert window.end().status == 0
+
+
+def test_vi_edits_a_file(window):
+    window.type("vi /tmp/file\r")
+    window.expect("~")
+    window.type("ihello\x1b")
+    window.expect("hello")
+    window.type(":wq\r")
+    window.expect("# ")
+    window.type("cat /tmp/file; exit 0\r")
+    window.expect("exit 0\r\nhello\r\n")
+    assert window.end().status == 0
+
+
+@pytest.mark.parametrize(
+    "words, status",
+    [
+        (["true"], 0),
+        (["sh", "-c", "exit 3"], 3),
+        (["sh", "-c", "stty raw -echo; exit 3"], 3),
+        (["no-such-command"], 127),
+        (["-v", "/nonexistent:/x", "true"], 125),
+        (["-w", "/etc/passwd/x", "true"], 125),
+    ],
+)
+def test_the_terminal_is_as_it_was_after_the_end(busybox, words, status):
+    with busybox.terminal("-ti", *words) as window:
+        assert window.end().status == status
+        assert window.attributes == window.before
+
+
+@pytest.mark.parametrize("number", ["TERM", "HUP", "INT"])
+def test_the_terminal_is_as_it_was_after_a_signal(busybox, number):
+    words = ("-ti", "--stop-timeout", "0", *IDLE)
+    with busybox.terminal(*words) as window:
+        window.expect("localhost")
+        assert is_raw(window)
+        window.process.send_signal(getattr(signal, f"SIG{number}"))
+        assert window.end().status == 137
+        assert window.attributes == window.before
+
+
+def test_the_terminal_is_as_it_was_after_the_container_was_killed(busybox):
+    pidfile = busybox.dir / "pid"
+    words = ("-ti", "--pidfile", pidfile, *IDLE)
+    with busybox.terminal(*words) as window:
+        window.expect("localhost")
+        assert is_raw(window)
+        os.kill(int(read(pidfile)), signal.SIGKILL)
+        assert window.end().status == 137
+        assert window.attributes == window.before
+
+
+def test_a_window_that_is_closed_ends_the_container(busybox):
+    words = ("-ti", "--stop-timeout", "0", *IDLE)
+    with busybox.terminal(*words) as window:
+        window.expect("localhost")
+        os.close(window.master)
+        window.master = None
+        wait_until(lambda: window.process.poll() is not None, "run to end")
+
+
+def test_without_t_the_callers_terminal_is_passed_through(busybox):
+    with busybox.terminal("-i", *SH, "echo ready; read a; echo $a; stty -a") as window:
+        window.expect("ready")
+        assert not is_raw(window)
+        window.type("typed\r")
+        assert window.end().status == 0
+
+
+@pytest.mark.parametrize("flag", ["-t", "-ti"])
+def test_a_terminal_without_a_terminal_is_noticed_and_made(busybox, flag):
+    result = busybox(flag, *SH, "tty; echo done")
+    assert (result.status, result.out) == (0, "/dev/pts/0\r\ndone\r\n")
+    assert re.fullmatch("mydocker: .*terminal.*\n", result.err)
+
+
+def test_input_reaches_a_terminal_that_was_made_for_a_pipe(busybox):
+    result = busybox("-ti", *SH, "stty -echo; echo ready; cat", data=b"one\ntwo\n")
+    assert result.status == 0
+    assert result.out.replace("\r", "").endswith("one\ntwo\n")
+
+
+def test_nothing_of_the_output_of_a_terminal_is_lost_or_mixed(busybox):
+    out = busybox("-t", "seq", "100000").out
+    assert out == "".join(f"{number}\r\n" for number in range(1, 100001))
+
+
+def test_the_last_words_before_the_end_are_not_lost(busybox):
+    script = "seq 1000; echo last; exit 9"
+    results = [busybox("-t", *SH, script) for _ in range(10)]
+    assert {(result.status, result.out[-6:]) for result in results} == {(9, "last\r\n")}
+
+
+def test_the_terminal_belongs_to_the_user(staff):
+    if staff.uid:
+        pytest.skip("an ordinary user maps one account only")
+    script = "echo hello >$(tty) && stat -c %u $(tty)"
+    assert staff("-t", "-u", "ann", *SH, script).out == "hello\r\n1001\r\n"
+
+
+# ---- Pipes, argv and statuses --------------------------------------------------------
+
+
+def test_100_mib_go_in_and_out_unchanged(busybox):
+    source, target = busybox.dir / "source", busybox.dir / "target"
+    block = os.urandom(MIB)
+    with open(str(source), "wb") as file:
+        file.writelines(block[number:] + block[:number] for number in range(100))
+    with open(str(source), "rb") as one, open(str(target), "wb") as other:
+        assert busybox("-i", "cat", stdin=one, stdout=other).status == 0
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_pipeline_of_containers_is_byte_exact(busybox):
+    data = bytes(range(256)) * 4096
+    first = busybox.popen(busybox.words("run", "-i", *busybox.options, "cat"),
+                          stdin=subprocess.PIPE)  # fmt: skip
+    second = busybox.popen(
+        busybox.words("run", "-i", *busybox.options, "sha256sum"), stdin=first.stdout
+    )
+    first.stdout.close()
+    first.stdin.write(data)
+    first.stdin.close()
+    assert ended(second).out.split()[0] == hashlib.sha256(data).hexdigest()
+    assert first.wait() == 0 and first.stderr.read() == b""
+    first.stderr.close()
+
+
+def test_without_i_stdin_is_dev_null(busybox):
+    assert busybox.out("cat", data=b"secret") == ""
+    assert busybox.out("readlink", "/proc/self/fd/0", data=b"") == "/dev/null\n"
+
+
+def test_stdout_and_stderr_stay_apart(busybox):
+    assert busybox(*SH, "echo out; echo err >&2") == Result(0, "out\n", "err\n")
+
+
+def test_a_command_that_outlives_its_reader_ends(busybox):
+    command = busybox.words("run", *busybox.options, "yes")
+    process = busybox.popen(command)
+    process.stdout.read(1 << 16)
+    process.stdout.close()
+    process.stdout = None
+    assert ended(process).status != 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["a b", "c"],
+        ["", "", "x", ""],
+        ["'single'", '"double"', "$HOME", "`id`", "\\", "*", "!"],
+        ["new\nline", "tab\t", "\x01\x7f"],
+        ["ünï", "字", "🐳"],
+        ["\udcff\udc80"],
+        ["-m", "--", "--help", "-"],
+        ["x" * 65536],
+        ["y" * 100000] * 5,
+        [str(number) for number in range(5000)],
+    ],
+    ids=range(10),
+)
+def test_the_words_of_the_command_arrive_unchanged(busybox, words):
+    result = busybox("sh", "-c", "cat /proc/$$/cmdline; :", "sh", *words)
+    assert result.status == 0
+    assert result.out.split("\0")[4:-1] == words
+
+
+def test_the_command_gets_its_own_name_as_it_was_written(busybox):
+    assert busybox.out("cat", "/proc/self/cmdline") == "cat\0/proc/self/cmdline\0"
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 32, 64, 125, 126, 127, 128, 137, 254, 255])
+def test_the_status_is_the_commands_own(busybox, status):
+    assert busybox(*SH, f"exit {status}") == Result(status, "", "")
+
+
+def test_a_command_killed_by_a_signal_is_128_and_its_number(busybox):
+    with busybox.start(*IDLE) as container:
+        container.line()
+        os.kill(container.pid1, signal.SIGKILL)
+        assert container.end() == Result(128 + 9, "", "")
+
+
+@root_only
+def test_a_crash_is_128_and_its_number(mydocker):
+    source = "import ctypes; ctypes.string_at(0)"
+    assert mydocker(PYTHON, "-c", source).status == 128 + signal.SIGSEGV
+
+
+@pytest.mark.parametrize(
+    "command, status, said",
+    [
+        ("no-such-command", 127, "no-such-command"),
+        ("/no/such/command", 127, "/no/such/command"),
+        ("/etc/passwd/x", 127, "/etc/passwd/x"),
+        ("/made/lost-interpreter", 127, "interpreter"),
+        ("/made/not-executable", 126, "/made/not-executable"),
+        ("/made", 126, "/made"),
+        ("/made/no-format", 126, "/made/no-format"),
+        ("/made/empty", 126, "/made/empty"),
+        ("", 127, ""),
+    ],
+)
+def test_a_command_that_cannot_start(busybox, command, status, said):
+    made = busybox.path("made")
+    busybox.path("made/lost-interpreter", "#!/no/such/interpreter\n", 0o755)
+    busybox.path("made/not-executable", "#!/bin/sh\n", 0o644)
+    busybox.path("made/no-format", "\x7fno format", 0o755)
+    busybox.path("made/empty", "", 0o755)
+    assert said in refusal(busybox("-v", f"{made}:/made", command), status)
+
+
+def test_a_command_in_the_path_that_cannot_be_executed_is_126(busybox):
+    made = busybox.path("made")
+    busybox.path("made/tool", "#!/bin/sh\n", 0o644)
+    words = ("-v", f"{made}:/made", "-e", "PATH=/made", "tool")
+    assert "tool" in refusal(busybox(*words), 126)
+
+
+def test_a_script_runs_by_its_first_line(busybox):
+    script = busybox.path("script", "#!/bin/sh -e\necho $0 $1\n", 0o755)
+    words = ("-v", f"{script}:/script", "/script", "word")
+    assert busybox.out(*words) == "/script word\n"
+
+
+def test_a_relative_command_starts_from_the_workdir(busybox):
+    script = busybox.path("script", "#!/bin/sh\necho ran\n", 0o755)
+    words = ("-v", f"{script}:/place/script", "-w", "/place", "./script")
+    assert busybox.out(*words) == "ran\n"
+
+
+def test_no_signal_is_ignored_or_blocked_by_inheritance(busybox):
+    out = busybox.out("cat", "/proc/self/status")
+    assert {status_field(out, name) for name in ("SigIgn", "SigBlk")} == {"0" * 16}
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["-v", "/etc/passwd:/etc"], "/etc"),
+        (["-v", "/etc:/etc/passwd"], "/etc/passwd"),
+        (["-v", "/etc:/etc/passwd/x"], "/etc/passwd"),
+        (["-w", "/etc/passwd"], "/etc/passwd"),
+        (["--tmpfs", "/etc/passwd"], "/etc/passwd"),
+        (["--tmpfs", "/mnt:size=lots"], "lots"),
+        (["--pidfile", "/nonexistent/pid"], "/nonexistent/pid"),
+        (["--upperdir", "/proc/nowhere"], "/proc/nowhere"),
+        (["-u", "nosuch"], "nosuch"),
+    ],
+)
+def test_a_failure_while_the_container_is_made_is_one_line_and_125(busybox, options, said):
+    assert said in refusal(busybox(*options, "echo", "not to be seen"))
+
+
+def test_a_rootfs_without_the_command_says_127_and_not_125(account):
+    empty = account.path("empty")
+    assert "sh" in refusal(account("--rootfs", empty, "sh"), 127)
+
+
+# ---- Signals and the end -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "CONT"])
+def test_a_signal_goes_to_the_command(busybox, name):
+    script = f"trap 'echo got; exit 7' {name}; echo ready; while :; do sleep 0.05; done"
+    with busybox.start(*SH, script) as container:
+        container.line()
+        container.send(getattr(signal, f"SIG{name}"))
+        assert container.end() == Result(7, "got\n", "")
+
+
+@pytest.mark.parametrize("name", ["USR1", "USR2", "QUIT", "CONT"])
+def test_a_signal_that_is_no_request_to_end_starts_no_countdown(busybox, name):
+    script = f"trap 'echo got' {name}; echo ready; until read line; do :; done; exit 6"
+    words = ("-i", "--stop-timeout", "0", *SH, script)
+    with busybox.start(*words, stdin=subprocess.PIPE) as container:
+        container.line()
+        container.send(getattr(signal, f"SIG{name}"))
+        assert container.line() == "got"
+        container.process.stdin.write(b"go\n")
+        assert container.end() == Result(6, "", "")
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+def test_a_command_that_ignores_the_request_is_killed_after_the_timeout(busybox, name):
+    words = ("--stop-timeout", "1", *IDLE)
+    with busybox.start(*words) as container:
+        container.line()
+        container.send(getattr(signal, f"SIG{name}"))
+        result = container.end()
+    assert result.status == 137
+    assert re.fullmatch("mydocker: .*1 s.*\n", result.err)
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_second_request_kills_at_once(busybox, name):
+    script = "trap 'echo first' TERM INT; echo ready; while :; do sleep 0.05; done"
+    with busybox.start("--stop-timeout", "100000", *SH, script) as container:
+        container.line()
+        container.send(getattr(signal, f"SIG{name}"))
+        assert container.line() == "first"
+        container.send(getattr(signal, f"SIG{name}"))
+        result = container.end()
+    assert result.status == 137
+    assert re.fullmatch(f"mydocker: .*SIG{name}.*killed.*\n", result.err)
+
+
+def test_a_command_that_ends_on_request_is_not_killed(busybox):
+    script = "trap 'sleep 0.2; exit 4' TERM; echo ready; while :; do sleep 0.05; done"
+    with busybox.start("--stop-timeout", "60", *SH, script) as container:
+        container.line()
+        container.send(signal.SIGTERM)
+        assert container.end() == Result(4, "", "")
+
+
+def test_a_request_before_the_command_has_started_is_not_lost(busybox):
+    for _ in range(10):
+        with busybox.start("--stop-timeout", "0", "sleep", "1000") as container:
+            container.send(signal.SIGTERM) if container.pid1 else None
+            assert container.end().status in (137, 143)
+
+
+def test_the_end_of_run_by_sigkill_is_the_containers_end(busybox):
+    with busybox.start(*IDLE) as container:
+        container.line()
+        namespace = os.readlink(f"/proc/{container.pid1}/ns/pid")
+        container.process.kill()
+        container.process.wait()
+        wait_until(lambda: not processes_in(namespace), "the container to die")
+    busybox.out("true")  # sweeps the empty cgroup
+
+
+@root_only
+def test_the_cgroup_of_a_run_that_was_killed_is_swept_by_the_next(busybox):
+    with busybox.start("-m", "50m", *IDLE) as container:
+        container.line()
+        directory = cgroup_of(container.pid1, "memory")
+        container.process.kill()
+        container.process.wait()
+        wait_until(lambda: not read(directory / "cgroup.procs"), "the container to die")
+        assert directory.exists()
+        busybox.out("-m", "50m", "true")
+        assert not directory.exists()
+
+
+def test_children_end_with_the_command(busybox):
+    assert busybox(*SH, "sleep 1000 & exec 1>&- 2>&-; exit 3").status == 3
+
+
+def test_a_stopped_container_can_be_ended(busybox):
+    with busybox.start("--stop-timeout", "0", *IDLE) as container:
+        container.line()
+        os.kill(container.pid1, signal.SIGSTOP)
+        container.send(signal.SIGTERM)
+        assert container.end().status == 137
+
+
+# ---- Explain -------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """A line of --explain."""
+
+    pid: int
+    side: str
+    call: str
+    arguments: str
+    result: str
+    why: str
+
+
+def steps(err):
+    """The steps of an explained run, and the lines that are none."""
+    pattern = re.compile(r"\[ *(\d+) (run|init) *\] (\w+)\((.*)\) = (.*?)\s+# (.+)")
+    found = [(line, pattern.fullmatch(line)) for line in err.splitlines()]
+    rest = [line for line, match in found if not match]
+    return [Step(int(m[1]), *m.groups()[1:]) for _, m in found if m], rest
+
+
+def in_order(names, found):
+    """Whether `names` come in this order among others."""
+    rest = iter(found)
+    return all(name in rest for name in names)
+
+
+def test_explain_tells_every_step_on_both_sides(busybox):
+    result = busybox("--explain", "echo", "out")
+    told, rest = steps(result.err)
+    assert (result.status, result.out, rest) == (0, "out\n", [])
+    assert {step.side for step in told} == {"run", "init"}
+    assert [step for step in told if " " not in step.why] == []
+
+
+def test_explain_tells_the_calls_in_the_order_of_the_story(busybox):
+    told, _ = steps(busybox("--explain", "true").err)
+    inside = [step.call for step in told if step.side == "init"]
+    outside = [step.call for step in told if step.side == "run"]
+    assert in_order(["unshare", "fork"], outside)
+    story = ["prctl", "unshare", "mount", "pivot_root", "umount2", "sethostname",
+             "keyctl", "capset", "prctl", "execve"]  # fmt: skip
+    assert in_order(story, inside)
+
+
+def test_explain_shows_symbols_and_not_numbers(busybox):
+    err = busybox("--explain", "true").err
+    for symbol in ("CLONE_NEWPID", "CLONE_NEWNS", "MS_REC|MS_PRIVATE", "MNT_DETACH"):
+        assert symbol in err
+
+
+@root_only
+def test_explain_shows_the_limits_as_they_are_written(busybox):
+    told, _ = steps(busybox("--explain", "-m", "100m", "true").err)
+    writes = [step for step in told if step.call == "write" and "104857600" in step.arguments]
+    assert writes and writes[0].side == "run"
+
+
+def test_explain_shows_what_failed(busybox):
+    err = busybox("--explain", "no-such-command").err
+    assert err.splitlines()[-1].startswith("mydocker: ")
+    assert re.search(r"execve\(.*no-such-command.*-1 ENOENT|not found", err)
+
+
+@pytest.mark.parametrize("words", [["true"], ["no-such-command"], ["--explain", "true"]])
+def test_the_json_log_is_one_object_a_line_like_the_books(busybox, words):
+    result = busybox("--log-format", "json", *words)
+    for line in result.err.splitlines():
+        entry = json.loads(line)
+        assert set(entry) == {"time", "level", "msg", "source"}
+        assert entry["level"] in ("info", "warning", "error")
+        assert re.fullmatch(r"mydocker\.py:\d+", entry["source"])
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", entry["time"])
+    assert bool(result.err) == (words != ["true"])
+
+
+def test_the_json_log_survives_any_name(busybox):
+    words = ["--log-format", "json", 'no "such"\\\n\x01command ü 🐳']
+    lines = busybox(*words).err.splitlines()
+    assert [json.loads(line)["level"] for line in lines] == ["error"]
+    assert 'no "such"' in json.loads(lines[0])["msg"]
+
+
+def test_usage_errors_are_json_too_when_that_was_asked_for(cli):
+    result = cli("run", "--log-format", "json", "-m", "lots", "true")
+    assert result.status == USAGE_ERROR
+    assert "lots" in json.loads(result.err.splitlines()[0])["msg"]
+
+
+STRACED = ("mount", "umount2", "pivot_root", "unshare", "sethostname", "capset")
+
+
+@root_only
+def test_explain_tells_what_strace_sees(busybox):
+    need(shutil.which("strace"), "strace")
+    log = busybox.dir / "log"
+    trace = ["strace", "-f", "-qq", "-o", str(log), "-e", "trace=" + ",".join(STRACED)]
+    words = busybox.words("run", "--explain", *busybox.options, "true")
+    told, _ = steps(ended(busybox.popen(trace + words)).err)
+    told = [step.call for step in told if step.call in STRACED]
+    seen = re.findall(r"^\d+ +(\w+)\(.*= 0$", read(log), re.MULTILINE)
+    assert told == seen
+
+
+# ---- Init ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        [],
+        ["unshare", "--mount"],
+        ["unshare", "--pid", "--fork"],
+        ["unshare", "--mount", "--fork"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("words", [["init"], ["init", "0"], ["init", "/bin/sh"]], ids=" ".join)
+def test_init_by_hand_refuses_and_changes_nothing(account, around, words):
+    """Be it PID 1 of a new pid namespace, with a command in the pipe and all."""
+    if around and account.uid:
+        around = [around[0], "--user", "--map-root-user", *around[1:]]
+    before = read("/proc/self/mountinfo")
+    command = [*around, *account.words(*words)]
+    result = ended(account.popen(command, stdin=subprocess.PIPE), b"/bin/true\0")
+    assert "init" in refusal(result)
+    assert read("/proc/self/mountinfo") == before
+
+
+# ---- Isolation -----------------------------------------------------------------------
+
+DOCKERS_14 = 0xA80425FB  # see capabilities(7) for the bits
+MKNOD = 1 << 27
+CAPABILITY_SETS = ("CapBnd", "CapPrm", "CapEff", "CapInh", "CapAmb")
+
+
+def capabilities(text):
+    """Bounding, permitted, effective, inheritable and ambient, from /proc/PID/status."""
+    return [int(status_field(text, name), 16) for name in CAPABILITY_SETS]
+
+
+def test_the_capabilities_are_dockers_14_or_without_mknod_13(busybox):
+    bounding, permitted, effective, inheritable, ambient = capabilities(
+        busybox.out("cat", "/proc/self/status")
+    )
+    assert bounding | MKNOD == DOCKERS_14
+    assert permitted == effective == bounding
+    assert inheritable == ambient == 0
+
+
+@root_only
+def test_no_inheritable_or_ambient_capability_of_the_caller_comes_in(busybox):
+    need(shutil.which("setpriv"), "setpriv (util-linux)")
+    around = ["setpriv", "--inh-caps", "+chown,+kill", "--ambient-caps", "+chown,+kill"]
+    command = busybox.words("run", *busybox.options, "cat", "/proc/self/status")
+    result = ended(busybox.popen([*around, *command]))
+    assert (result.status, result.err) == (0, "")
+    assert capabilities(result.out)[3:] == [0, 0]
+
+
+@root_only
+def test_a_user_other_than_root_has_no_capabilities_and_cannot_get_others(busybox):
+    out = busybox.out("-u", "1000:1000", "cat", "/proc/self/status")
+    bounding, *others = capabilities(out)
+    assert bounding | MKNOD == DOCKERS_14
+    assert others == [0, 0, 0, 0]
+
+
+@root_only
+@pytest.mark.parametrize(
+    "options, bits",
+    [
+        ("--cap-drop ALL", 0),
+        ("--cap-drop all", 0),
+        ("--cap-drop ALL --cap-add CHOWN", 1 << 0),
+        ("--cap-add CAP_KILL --cap-drop ALL", 1 << 5),
+        ("--cap-add NET_ADMIN", DOCKERS_14 | 1 << 12),
+        ("--cap-add cap_net_admin", DOCKERS_14 | 1 << 12),
+        ("--cap-drop CHOWN --cap-drop CAP_KILL", DOCKERS_14 & ~(1 << 0 | 1 << 5)),
+        ("--cap-add ALL --cap-drop SYS_ADMIN", -1 & ~(1 << 21)),
+        ("--cap-add ALL", -1),
+        ("--privileged", -1),
+    ],
+)
+def test_capabilities_are_added_and_dropped(busybox, options, bits):
+    ours = capabilities(read("/proc/self/status"))[0]
+    out = busybox.out(*options.split(), "cat", "/proc/self/status")
+    found = capabilities(out)
+    assert [value | MKNOD for value in found[:3]] == [bits & ours | MKNOD] * 3
+    assert found[3:] == [0, 0]
+
+
+def test_no_new_privileges_and_a_seccomp_filter_are_on(busybox):
+    out = busybox.out("cat", "/proc/self/status")
+    assert (status_field(out, "NoNewPrivs"), status_field(out, "Seccomp")) == ("1", "2")
+
+
+@root_only
+def test_a_privileged_container_has_no_filter(busybox):
+    out = busybox.out("--privileged", "cat", "/proc/self/status")
+    assert status_field(out, "Seccomp") == "0"
+
+
+MACHINE = os.uname().machine
+COLUMN = {"x86_64": 0, "aarch64": 1}.get(MACHINE)
+BAD = 1  # as a pointer: what the kernel would look at first, were the call let through
+EPERM, ENOSYS = 1, 38
+NEWUSER, SIGCHLD = 0x10000000, 17
+HIGH = 1 << 32  # in an argument of 32 bits, a bit that the kernel ignores
+
+#    name, numbers on x86_64 and aarch64, arguments, error; without the filter the error
+#    of these arguments is another one, even for a process with every capability
+REFUSED = [
+    ("clone", 56, 220, (NEWUSER | SIGCHLD, 0, 0, 0, 0), EPERM),
+    ("clone3", 435, 435, (0, 0), ENOSYS),
+    ("mount", 165, 40, (BAD, BAD, BAD, 0, 0), EPERM),
+    ("umount2", 166, 39, (BAD, 0), EPERM),
+    ("pivot_root", 155, 41, (BAD, BAD), EPERM),
+    ("setns", 308, 268, (-1, 0), EPERM),
+    ("open_tree", 428, 428, (-1, BAD, 0), EPERM),
+    ("move_mount", 429, 429, (-1, BAD, -1, BAD, 0), EPERM),
+    ("fsopen", 430, 430, (BAD, 0), EPERM),
+    ("fsconfig", 431, 431, (-1, 0, 0, 0, 0), EPERM),
+    ("fsmount", 432, 432, (-1, 0, 0), EPERM),
+    ("fspick", 433, 433, (-1, BAD, 0), EPERM),
+    ("mount_setattr", 442, 442, (-1, BAD, 0, 0, 0), EPERM),
+    ("add_key", 248, 217, (BAD, BAD, 0, 0, 0), EPERM),
+    ("request_key", 249, 218, (BAD, BAD, 0, 0), EPERM),
+    ("keyctl", 250, 219, (-1,), EPERM),
+    ("bpf", 321, 280, (-1, 0, 0), EPERM),
+    ("perf_event_open", 298, 241, (BAD, 0, -1, -1, 0), EPERM),
+    ("userfaultfd", 323, 282, (-1,), EPERM),
+    ("io_uring_setup", 425, 425, (0, BAD), EPERM),
+    ("io_uring_enter", 426, 426, (-1, 0, 0, 0, 0), EPERM),
+    ("io_uring_register", 427, 427, (-1, 0, 0, 0), EPERM),
+    ("open_by_handle_at", 304, 265, (-1, BAD, 0), EPERM),
+    ("kexec_load", 246, 104, (0, 0, 0, -1), EPERM),
+    ("kexec_file_load", 320, 294, (-1, -1, 0, 0, -1), EPERM),
+    ("init_module", 175, 105, (BAD, 0, BAD), EPERM),
+    ("finit_module", 313, 273, (-1, BAD, 0), EPERM),
+    ("delete_module", 176, 106, (BAD, 0), EPERM),
+    ("reboot", 169, 142, (0, 0, 0, 0), EPERM),
+    ("swapon", 167, 224, (BAD, 0), EPERM),
+    ("swapoff", 168, 225, (BAD,), EPERM),
+    ("settimeofday", 164, 170, (BAD, 0), EPERM),
+    ("clock_settime", 227, 112, (-1, BAD), EPERM),
+    ("syslog", 103, 116, (-1, 0, 0), EPERM),
+    ("acct", 163, 89, (BAD,), EPERM),
+    ("quotactl", 179, 60, (-1, BAD, 0, 0), EPERM),
+    ("quotactl_fd", 443, 443, (-1, -1, 0, 0), EPERM),
+    ("iopl", 172, None, (4,), EPERM),
+    ("ioperm", 173, None, (-1, 1, 1), EPERM),
+    ("vhangup", 153, 58, (), EPERM),
+    ("sethostname", 170, 161, (BAD, -1), EPERM),
+    ("setdomainname", 171, 162, (BAD, -1), EPERM),
+    ("fanotify_init", 300, 262, (-1, -1), EPERM),
+    ("lookup_dcookie", 212, 18, (0, BAD, 0), EPERM),
+    ("kcmp", 312, 272, (1, 1, -1, 0, 0), EPERM),
+    ("move_pages", 279, 239, (1, 1, BAD, 0, BAD, -1), EPERM),
+    ("socket(AF_VSOCK)", 41, 198, (40, 1, 0), EPERM),
+    ("socket(AF_ALG)", 41, 198, (38, 5, 0), EPERM),
+    ("personality(ADDR_NO_RANDOMIZE)", 135, 92, (0x0040000,), EPERM),
+    ("ioctl(TIOCSTI)", 16, 29, (-1, 0x5412, 0), EPERM),
+    ("ioctl(TIOCSTI), disguised", 16, 29, (-1, HIGH | 0x5412, 0), EPERM),
+    ("ioctl(TIOCLINUX)", 16, 29, (-1, 0x541C, 0), EPERM),
+    ("socket(AF_VSOCK), disguised", 41, 198, (HIGH | 40, 1, 0), EPERM),
+    ("clone, disguised", 56, 220, (HIGH | NEWUSER | SIGCHLD, 0, 0, 0, 0), EPERM),
+    ("getpid of x32", 0x40000000 | 39, None, (), ENOSYS),
+    ("unshare", 272, 97, (NEWUSER,), EPERM),  # last: it changes the answers to the others
+]
+
+CALLER = """if 1:
+    import ctypes, json, os, sys
+    libc = ctypes.CDLL(None, use_errno=True)
+    answers = []
+    for number, *words in json.loads(sys.argv[1]):
+        ctypes.set_errno(0)
+        result = libc.syscall(*map(ctypes.c_long, [number, *words]))
+        if result == 0 and number == {clone}:
+            parent = os.getppid()
+            os._exit(0)
+        answers.append(ctypes.get_errno() if result == -1 else 0)
+    print(answers)
+"""
+
+
+def errors_of(mydocker, calls, *options):
+    """The errno of each system call, made by Python in the container."""
+    source = CALLER.replace("{clone}", "56 if os.uname().machine == 'x86_64' else 220")
+    numbers = [[call[1 + COLUMN], *call[3]] for call in calls]
+    result = mydocker(*options, PYTHON, "-c", source, json.dumps(numbers))
+    assert result.status == 0, result
+    return json.loads(result.out)
+
+
+def refused_here():
+    need(COLUMN is not None, f"numbers of the system calls of {MACHINE}")
+    return [call for call in REFUSED if call[1 + COLUMN] is not None]
+
+
+def test_the_filter_refuses_what_dockers_refuses(mydocker):
+    calls = refused_here()
+    answers = errors_of(mydocker, calls)
+    wrong = [(c[0], os.strerror(a)) for c, a in zip(calls, answers) if a != c[4]]
+    assert wrong == []
+
+
+@root_only
+def test_the_filter_is_what_refuses_them(mydocker):
+    """Without it no answer is the same: the table above would notice a missing row."""
+    done = ("vhangup", "clone", "clone, disguised")  # these would be carried out
+    calls = [c for c in refused_here() if c[4] == EPERM and c[0] not in done]
+    answers = errors_of(mydocker, calls, "--privileged")
+    same = [c[0] for c, a in zip(calls, answers) if a == c[4]]
+    assert same == []
+
+
+def test_calls_newer_than_the_filter_are_unknown(mydocker, program):
+    need(COLUMN is not None, f"numbers of the system calls of {MACHINE}")
+    newer = range(program.LAST_CALL + 1, 512)
+    calls = [("newer", number, number, (-1,) * 6) for number in newer]
+    assert errors_of(mydocker, calls) == [ENOSYS] * len(calls)
+
+
+HARMLESS = [
+    ("personality(query)", 135, 92, (0xFFFFFFFF,)),
+    ("personality(PER_LINUX)", 135, 92, (0,)),
+    ("socket(AF_UNIX)", 41, 198, (1, 1, 0)),
+    ("socket(AF_INET)", 41, 198, (2, 1, 0)),
+    ("socket(AF_NETLINK)", 41, 198, (16, 3, 0)),
+    ("clone", 56, 220, (SIGCHLD, 0, 0, 0, 0)),
+    ("getpid", 39, 172, ()),
+]
+
+
+def test_the_filter_lets_through_what_dockers_does(mydocker):
+    need(COLUMN is not None, f"numbers of the system calls of {MACHINE}")
+    assert errors_of(mydocker, HARMLESS) == [0] * len(HARMLESS)
+
+
+def test_the_32_bit_entry_is_closed(mydocker):
+    if MACHINE != "x86_64":
+        pytest.skip("only x86_64 has it")
+    source = """if 1:
+        import ctypes, mmap
+        page = mmap.mmap(-1, 4096, prot=7)
+        page.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, getpid; int 0x80; ret
+        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        print(ctypes.CFUNCTYPE(ctypes.c_int)(address)())"""
+    on_host = ended(subprocess.Popen([PYTHON, "-c", source], stdout=subprocess.PIPE))
+    result = mydocker(PYTHON, "-c", source)
+    closed = (0, f"-{ENOSYS}\n", "")
+    if on_host.status:  # the kernel has no such entry
+        assert result.status == 128 + signal.SIGSEGV
+    else:
+        assert result[:2] == closed[:2] and on_host != closed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [PYTHON, "-c", "import threading as t; t.Thread(target=print, args=['ok']).start()"],
+        [PYTHON, "-c", "import subprocess as s; s.run(['echo', 'ok'])"],
+        ["sh", "-c", "(echo ok) | cat"],
+        ["sh", "-c", "dpkg --version >/dev/null && echo ok"],
+        ["sh", "-c", "apt-cache policy >/dev/null && echo ok"],
+    ],
+    ids=["thread", "subprocess", "pipeline", "dpkg", "apt"],
+)
+def test_ordinary_programs_run_under_the_filter(mydocker, words):
+    need("dpkg" not in words[-1] or shutil.which("dpkg"), "dpkg")
+    need("apt" not in words[-1] or shutil.which("apt-cache"), "apt")
+    assert mydocker(*words)[:2] == (0, "ok\n")
+
+
+MASKED = """/proc/acpi /proc/asound /proc/kcore /proc/keys /proc/latency_stats
+    /proc/sched_debug /proc/scsi /proc/timer_list /proc/timer_stats /sys/firmware
+    /sys/devices/virtual/powercap""".split()
+
+
+@pytest.mark.parametrize("path", MASKED)
+def test_a_masked_path_is_empty(busybox, path):
+    if not os.path.exists(path):
+        pytest.skip("this kernel has none")
+    script = f"if test -d {path}; then ls -A {path}; else head -c 9 {path}; fi"
+    assert busybox.out(*SH, script) == ""
+
+
+@pytest.mark.parametrize(
+    "path",
+    """/proc/sys/kernel/core_pattern /proc/sys/kernel/modprobe /proc/sysrq-trigger
+    /proc/sys/kernel/hostname /proc/sys/vm/drop_caches /proc/irq/default_smp_affinity
+    /sys/kernel/uevent_helper /sys/kernel/mm/ksm/run /proc/sys/fs/binfmt_misc/register
+    /sys/fs/cgroup/*/release_agent /sys/fs/cgroup/*/cgroup.procs
+    /sys/fs/cgroup/cgroup.procs /sys/power/state /proc/bus/pci/devices""".split(),
+)
+def test_a_file_that_rules_the_host_cannot_be_opened_for_writing(busybox, path):
+    script = f"for file in {path}; do test -e $file && : >>$file && echo $file; done; :"
+    assert busybox(*SH, script).out == ""
+
+
+def test_nothing_below_proc_sys_and_sys_can_be_opened_for_writing(mydocker):
+    source = """if 1:
+        import os
+        for top in "/proc/sys", "/sys":
+            for parent, _, files in os.walk(top):
+                for file in files:
+                    try:
+                        os.close(os.open(os.path.join(parent, file), os.O_WRONLY))
+                        print(os.path.join(parent, file))
+                    except OSError:
+                        pass
+        print("looked")"""
+    assert mydocker(PYTHON, "-c", source).out == "looked\n"
+
+
+@root_only
+def test_a_privileged_container_may_write_to_proc_sys_and_sys(busybox):
+    script = "for f in /proc/sys/kernel/hostname /sys/kernel/mm/ksm/run; do : >>$f; done"
+    assert busybox.out("--privileged", *SH, script) == ""
+
+
+def block_device():
+    """Major and minor of a block device that root of the host can open."""
+    for name in sorted(os.listdir("/dev")):
+        status = os.stat(f"/dev/{name}")
+        with contextlib.suppress(OSError):
+            if stat.S_ISBLK(status.st_mode):
+                os.close(os.open(f"/dev/{name}", os.O_RDONLY))
+                return os.major(status.st_rdev), os.minor(status.st_rdev)
+    return pytest.skip("this machine lets root open no block device")
+
+
+@root_only
+@pytest.mark.parametrize("place", ["/dev", "/dev/shm", "/tmp", "/", "/volume", "/tmpfs"])
+@pytest.mark.parametrize("options", [[], ["--cap-add", "ALL"]], ids=["default", "all"])
+def test_no_disk_can_be_opened_whatever_node_is_made(busybox, place, options):
+    major, minor = block_device()
+    volume = busybox.path("volume")
+    places = ("-v", f"{volume}:/volume", "--tmpfs", "/tmpfs")
+    script = f"mknod {place}/disk b {major} {minor}; exec 3<{place}/disk; echo opened"
+    result = busybox(*options, *places, *SH, script)
+    assert result.status != 0 and result.out == ""
+
+
+@root_only
+def test_a_privileged_container_may_open_a_disk(busybox):
+    major, minor = block_device()
+    script = f"mknod /disk b {major} {minor}; exec 3</disk; echo opened"
+    assert busybox.out("--privileged", *SH, script) == "opened\n"
+
+
+@root_only
+def test_a_disk_in_the_image_cannot_be_opened(account):
+    image = account.path("image")
+    os.mknod(str(image / "disk"), stat.S_IFBLK | 0o666, os.makedev(*block_device()))
+    options = ("--rootfs", account.rootfs, "--rootfs", image)
+    assert account(*options, *SH, "exec 3</disk; echo opened").out == ""
+
+
+def test_no_descriptor_of_the_caller_reaches_the_command(busybox):
+    directory = os.open("/etc", os.O_RDONLY)
+    try:
+        os.set_inheritable(directory, True)
+        out = busybox.out(*SH, "ls /proc/1/fd; :", close_fds=False)
+    finally:
+        os.close(directory)
+    assert out.split() == ["0", "1", "2"]
+
+
+def test_no_descriptor_of_the_caller_reaches_the_command_in_a_terminal(busybox):
+    with PROGRAM.open() as file:
+        os.set_inheritable(file.fileno(), True)
+        with busybox.terminal("-t", *SH, "ls /proc/1/fd; :", close_fds=False) as window:
+            assert window.end().out.split() == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("number", range(3, 20))
+def test_a_descriptor_is_no_way_out_for_the_workdir(busybox, number):
+    for path in f"/proc/self/fd/{number}", f"/proc/self/fd/{number}/../../etc":
+        result = busybox("-w", path, *SH, "pwd -P; ls /")
+        assert "workdir" in refusal(result)
+
+
+@pytest.mark.parametrize("path", ["/proc/1/root", "/proc/1/cwd", "/proc/self/root/etc"])
+def test_the_magic_links_of_proc_stay_inside(busybox, path):
+    name = "resolv-or-passwd" if path.endswith("etc") else "bin"
+    out = busybox.out(*SH, f"ls {path}/ | head -50; readlink /proc/1/exe").split()
+    assert out[-1] == "/bin/busybox"
+    expected_names = {"passwd"} if name != "bin" else {"bin", "tmp"}
+    assert expected_names <= set(out)
+    assert not (busybox.dir.parent / "rootfs" / "work").exists()
+
+
+def test_no_variable_of_the_caller_reaches_the_command(busybox):
+    environment = {**os.environ, "SECRET": "of the caller"}
+    out = busybox.out(*SH, "env; cat /proc/1/environ", env=environment)
+    assert "SECRET" not in out
+
+
+@root_only
+def test_the_session_keyring_is_new(mydocker):
+    need(COLUMN is not None, f"numbers of the system calls of {MACHINE}")
+    session = f"""if 1:
+        import ctypes
+        print(ctypes.CDLL(None).syscall({(250, 219)[COLUMN]}, 0, -3, 0))"""
+    host = subprocess.check_output([PYTHON, "-c", session]).decode()
+    inside = mydocker.out("--privileged", PYTHON, "-c", session)
+    assert int(inside) > 0 and inside != host
+
+
+def test_nothing_can_be_typed_into_the_hosts_terminal(mydocker):
+    source = """if 1:
+        import fcntl, os
+        try:
+            fcntl.ioctl(0, 0x5412, b"x")
+            print("typed")
+        except OSError as error:
+            print("refused")"""
+    with mydocker.terminal("-i", PYTHON, "-c", source, cwd="/") as window:
+        assert window.end().out.splitlines()[-1] == "refused"
+
+
+def test_ctrl_c_reaches_the_command_without_a_terminal_of_its_own(busybox):
+    script = "trap 'exit 5' INT; echo ready; while :; do sleep 0.05; done"
+    with busybox.terminal(*SH, script) as window:
+        window.expect("ready")
+        window.type("\x03")
+        assert window.end().status == 5
+
+
+def test_an_abstract_socket_of_the_host_cannot_be_reached(mydocker):
+    name = f"\0mydocker-test-{os.getpid()}"
+    source = """if 1:
+        import socket, sys
+        try:
+            socket.socket(socket.AF_UNIX).connect("\\0" + sys.argv[1])
+            print("reached")
+        except OSError:
+            print("not there")"""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(name)
+        server.listen(1)
+        assert mydocker(PYTHON, "-c", source, name[1:]).out == "not there\n"
+
+
+def test_shared_memory_of_the_host_is_not_seen(busybox):
+    need(shutil.which("ipcmk"), "ipcmk (util-linux)")
+    made = subprocess.check_output(["ipcmk", "-M", "4096"]).split()[-1].decode()
+    try:
+        assert len(busybox.out("cat", "/proc/sysvipc/shm").splitlines()) == 1
+    finally:
+        subprocess.run(["ipcrm", "-m", made], check=True)
+
+
+def test_pid_1_shows_nothing_of_mydocker(busybox):
+    script = "cat /proc/1/cmdline /proc/1/comm; tr '\\0' '\\n' </proc/1/environ"
+    out = busybox.out(*SH, script).lower()
+    assert "python" not in out and "mydocker" not in out
+
+
+SELVES = ["/proc/self/exe", "/proc/1/exe", "/proc/thread-self/exe", "/link"]
+
+
+@pytest.mark.parametrize("path", SELVES)
+def test_the_hosts_python_is_no_command(busybox, path):
+    """CVE-2019-5736: it would run in here, with a loader from in here."""
+    layer = busybox.path("layer")
+    (layer / "link").symlink_to("/proc/self/exe")
+    result = busybox("--rootfs", layer, path, "-c", "print('ran')")
+    refusal(result, result.status)
+    assert result.status in (125, 126)
+
+
+@pytest.mark.parametrize("path", SELVES)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_hosts_python_is_no_interpreter(busybox, path, depth):
+    layer = busybox.path("layer")
+    (layer / "link").symlink_to("/proc/self/exe")
+    busybox.path("layer/script1", f"#!{path} -c\nprint('ran')\n", 0o755)
+    busybox.path("layer/script2", "#!/script1\n", 0o755)
+    result = busybox("--rootfs", layer, f"/script{depth}")
+    refusal(result, result.status)
+    assert result.status in (125, 126)
+
+
+@root_only
+def test_no_process_of_the_container_is_the_hosts_python(mydocker):
+    """What /proc/PID/exe opens is a file of the container, from PID 1 on."""
+    inside = mydocker.out(PYTHON, "-c", """if 1:
+        import os
+        exe = os.stat("/proc/1/exe")
+        print(exe.st_dev, exe.st_ino)""")  # fmt: skip
+    ours = os.stat(PYTHON)
+    assert inside.split() != [str(ours.st_dev), str(ours.st_ino)]
+
+
+KINDS = {
+    "to the root": lambda path, victim: path.symlink_to("/"),
+    "to the root above": lambda path, victim: path.symlink_to("../" * 20),
+    "to the host": lambda path, victim: path.symlink_to(victim),
+    "to the host above": lambda path, victim: path.symlink_to(f"{'../' * 20}{victim}"),
+    "to proc": lambda path, victim: path.symlink_to("/proc/self/root"),
+    "to itself": lambda path, victim: path.symlink_to(path.name),
+    "to nothing": lambda path, victim: path.symlink_to("no/where"),
+    "a fifo": lambda path, victim: os.mkfifo(str(path)),
+    "a file": lambda path, victim: path.write_text(""),
+}
+PLACES = """proc sys dev dev/pts etc etc/passwd etc/group etc/hosts etc/resolv.conf run tmp
+    volume volume/below work tmpfs""".split()
+
+
+QUICK_KINDS = ("to the host above", "to proc", "to itself", "a fifo")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK_KINDS else pytest.param(kind, marks=slow) for kind in KINDS]
+)
+def test_a_hostile_rootfs_cannot_lead_us_out(account, place, kind):
+    hostile, victim, source = (
+        account.path(name) for name in ("hostile", "victim", "source")
+    )
+    (victim / "precious").write_text("gold")
+    (hostile / place).parent.mkdir(exist_ok=True)
+    KINDS[kind](hostile / place, victim)
+    before = tree(victim), tree(hostile), tree(source)
+    options = f"""--network host -u 0:0 -v {source}:/volume/below -w /work/place
+        --tmpfs /tmpfs --rootfs {account.rootfs} --rootfs {hostile}""".split()
+    result = account(*options, "/bin/true")
+    if result.status:
+        refusal(result)
+    else:
+        assert result.err == ""
+    assert (tree(victim), tree(hostile), tree(source)) == before
+
+
+@pytest.mark.parametrize("place", ["proc", "sys", "dev"])
+def test_a_symlink_in_the_place_of_a_kernel_filesystem_is_refused(account, place):
+    layer = account.path("layer")
+    ended(account.popen(["cp", "-a", f"{account.rootfs}/bin", str(layer)]))
+    (layer / place).symlink_to("/tmp")
+    said = refusal(account("--rootfs", layer, "/bin/true"))
+    assert f"/{place}" in said and "link" in said
+
+
+def test_a_volume_cannot_be_led_out_by_a_link_in_another_volume(busybox):
+    """CVE-2021-30465."""
+    one, two, victim = (busybox.path(name) for name in ("one", "two", "victim"))
+    (one / "link").symlink_to(f"{'../' * 20}{victim}")
+    (two / "file").write_text("")
+    volumes = ("-v", f"{one}:/one", "-v", f"{two}:/one/link/place")
+    result = busybox(*volumes, *SH, "ls /one/link/place")
+    if result.status:
+        refusal(result)
+    else:
+        assert result.out == "file\n"
+    assert os.listdir(str(victim)) == []
+
+
+@root_only
+def test_the_writable_layer_is_bounded_by_default(busybox):
+    total = int(re.search(r"MemTotal: *(\d+)", read("/proc/meminfo")).group(1))
+    size = int(busybox.out("df", "-k", "/").splitlines()[-1].split()[1])
+    assert size <= total / 2 + 4
+
+
+# ---- Ordinary user -------------------------------------------------------------------
+
+
+@user_only
+@pytest.mark.parametrize(
+    "limit, file, value",
+    [(("-m", "50m"), "memory.max", "52428800"), (("--pids-limit", "9"), "pids.max", "9")],
+    ids=["memory", "pids"],
+)
+def test_a_delegated_cgroup_gives_an_ordinary_user_limits(busybox, limit, file, value):
+    scope = ["systemd-run", "--user", "--scope", "--quiet", "-p", "Delegate=yes"]
+    if os.geteuid() == 0 or not shutil.which(scope[0]) or subprocess.call([*scope, "true"]):
+        pytest.skip("a session of systemd as an ordinary user")
+    words = busybox.words("run", *busybox.options, *limit, "cat", f"/sys/fs/cgroup/{file}")
+    result = ended(busybox.popen([*scope, *words]))
+    assert (result.status, result.out) == (0, value + "\n")
+
+
+# ---- Many machines: under systemd ----------------------------------------------------
+
+
+class Service(Running):
+    """A command as a service of this machine's systemd; `process` waits for its end."""
+
+    def __init__(self, caller, name, properties, command):
+        self.name = name
+        self.cgroup = Path(f"/sys/fs/cgroup/system.slice/{name}")
+        options = [f"--property={line}" for line in ("KillMode=mixed", *properties)]
+        start = ["systemd-run", "--quiet", "--collect", "--wait", "--pipe", f"--unit={name}"]
+        words = [word.replace("$", "$$") for word in command]  # systemd would expand $NAME
+        process = caller.popen([*start, *options, *words], stdin=subprocess.PIPE, bufsize=0)
+        super().__init__(process, caller.dir / "pid")
+
+    def __exit__(self, *error):
+        subprocess.run(["systemctl", "stop", "--quiet", self.name], stderr=subprocess.DEVNULL)
+        super().__exit__(*error)
+
+
+@pytest.fixture
+def service(busybox):
+    """Start `mydocker.py run --rootfs DIR WORDS` in a service that has these properties."""
+    systemd = read("/proc/1/comm") == "systemd\n" and shutil.which("systemd-run")
+    if not (systemd and version("memory") == version("pids") == 2):
+        pytest.skip("systemd as PID 1 and cgroup v2")
+
+    def start(*words, properties=(), around=()):
+        name = f"mydocker-test-{os.urandom(4).hex()}.service"
+        command = busybox.words(
+            "run", "--pidfile", busybox.dir / "pid", *busybox.options, *words
+        )
+        return Service(busybox, name, properties, [*around, *command])
+
+    return start
+
+
+EAT_100_MIB = "head -c 100m /dev/zero | tail >/dev/null; echo memory $?"
+LIMIT_FILES = ("memory.max", "memory.swap.max", "cpu.max", "pids.max")
+DELEGATION = [["Delegate=no"], ["Delegate=yes"]]
+
+
+@root_only
+@pytest.mark.parametrize("properties", DELEGATION, ids=" ".join)
+def test_limits_outlive_a_reload_of_systemd(service, properties):
+    script = f"""
+        echo ready; read go
+        {EAT_100_MIB}
+        grep nr_throttled /sys/fs/cgroup/cpu.stat
+        (while :; do sleep 1000 & done)
+        echo end"""
+    words = ("-i", "-m", "50m", "--memory-swap", "50m", "--cpus", "0.5", "--pids-limit", "9")
+    with service(*words, *SH, script, properties=properties) as container:
+        assert container.line() == "ready"
+        cgroup = cgroup_of(container.pid1, "memory")
+        before = [read(cgroup / name) for name in LIMIT_FILES]
+        assert before == ["52428800\n", "0\n", "50000 100000\n", "9\n"]
+        for verb in "daemon-reload", "daemon-reexec":
+            subprocess.check_call(["systemctl", verb])
+            assert [read(cgroup / name) for name in LIMIT_FILES] == before
+        container.process.stdin.write(b"go\n")
+        result = container.end()
+    assert re.fullmatch("memory 137\nnr_throttled [1-9][0-9]*\nend\n", result.out)
+    assert re.search("out of memory: .* 1 process at the 50 MiB limit", result.err)
+    assert re.search("pids limit: .* 9 processes", result.err)
+    assert not cgroup.exists() and not container.cgroup.exists()
+
+
+@root_only
+def test_a_delegated_service_holds_its_container_in_its_own_cgroup(service):
+    words = ("-m", "50m", *SH, "echo ready; sleep 1000")
+    with service(*words, properties=["Delegate=yes"]) as container:
+        container.line()
+        inside = cgroup_of(container.pid1, "memory")
+        assert inside.parent == container.cgroup / "mydocker"
+        run = int(inside.name.split(".")[-2])
+        assert cgroup_of(run, "memory") == container.cgroup / f"mydocker-run.{run}"
+
+
+@root_only
+def test_the_limit_of_a_delegated_service_holds_for_its_container(service):
+    properties = ["Delegate=yes", "MemoryMax=60M", "MemorySwapMax=0"]
+    words = ("-m", "500m", *SH, f"cat /sys/fs/cgroup/memory.max; {EAT_100_MIB}; exit 5")
+    with service(*words, properties=properties) as container:
+        result = container.end()
+    assert (result.status, result.out) == (5, f"{500 * MIB}\nmemory 137\n")
+    assert "out of memory" in result.err
+
+
+@root_only
+def test_cgroup_parent_puts_the_container_under_the_limit_of_a_service(service):
+    properties = ["Delegate=yes", "MemoryMax=60M", "MemorySwapMax=0"]
+    become_a_leaf = """
+        own=$(sed -n s/^0:://p /proc/self/cgroup)
+        mkdir "/sys/fs/cgroup$own/leaf"
+        echo $$ >"/sys/fs/cgroup$own/leaf/cgroup.procs"
+        python=$1 program=$2; shift 3
+        "$python" "$program" run --cgroup-parent "$own" "$@"
+        status=$?
+        ls -d "/sys/fs/cgroup$own"/*/
+        exit $status"""
+    words = ("-m", "500m", *SH, f"cat /sys/fs/cgroup/memory.max; {EAT_100_MIB}; exit 5")
+    around = ("sh", "-c", become_a_leaf, "sh")
+    with service(*words, properties=properties, around=around) as container:
+        result = container.end()
+    left = f"{container.cgroup}/leaf/\n"
+    assert (result.status, result.out) == (5, f"{500 * MIB}\nmemory 137\n{left}")
+    assert "out of memory" in result.err
+
+
+@root_only
+@pytest.mark.parametrize("properties", DELEGATION, ids=" ".join)
+@pytest.mark.parametrize(
+    "trap, status, said",
+    [
+        ("echo bye; exit 0", 0, "^$"),
+        ("echo bye; exit 7", 7, "^$"),
+        ("", 137, "^mydocker: SIGTERM did not end it within 2 s: killed\n$"),
+    ],
+    ids=["clean", "its own status", "deaf"],
+)
+def test_systemctl_stop_ends_the_container(service, properties, trap, status, said):
+    script = f"trap '{trap}' TERM; echo ready; while :; do sleep 0.1; done"
+    properties = [*properties, "TimeoutStopSec=50"]
+    with service("--stop-timeout", "2", *SH, script, properties=properties) as container:
+        container.line()
+        namespace = os.readlink(f"/proc/{container.pid1}/ns/pid")
+        cgroup = cgroup_of(container.pid1, "pids")
+        begin = time.monotonic()
+        subprocess.check_call(["systemctl", "stop", container.name])
+        assert time.monotonic() - begin < 40  # by itself, not by systemd's SIGKILL
+        assert not processes_in(namespace)
+        assert not cgroup.exists() and not container.cgroup.exists()
+        result = container.end()
+    assert result.status == status and re.match(said, result.err), result
+    assert result.out == ("bye\n" if trap else "")
+
+
+@root_only
+def test_a_manager_below_systemd_keeps_its_limits_on_the_container(service):
+    """What Slurm does: SCOPE/job/user has the limits, SCOPE/job/user/task_0 the processes."""
+    be_a_manager = """
+        scope=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)
+        mkdir -p "$scope/manager" "$scope/job/user/task_0"
+        echo $$ >"$scope/manager/cgroup.procs"
+        for level in "$scope" "$scope/job" "$scope/job/user"; do
+            echo +memory >"$level/cgroup.subtree_control"
+        done
+        echo 60M >"$scope/job/user/memory.max"
+        echo 0 >"$scope/job/user/memory.swap.max"
+        (sh -c 'echo $PPID' >"$scope/job/user/task_0/cgroup.procs"; "$@"; exit $?)
+        status=$?
+        ls "$scope/job/user" | grep mydocker
+        exit $status"""
+    around = ("sh", "-c", be_a_manager, "sh")
+    script = f"cat /sys/fs/cgroup/pids.max; {EAT_100_MIB}; exit 5"
+    words = ("-m", "500m", *SH, script)
+    with service(*words, properties=["Delegate=yes"], around=around) as container:
+        result = container.end()
+    assert (result.status, result.out) == (5, "2048\nmemory 137\n")
+    assert "killed 1 process at the limit of a cgroup above" in result.err
+
+
+# ---- Faults ----------------------------------------------------------------------------
+#
+# strace attaches to one process of a run, stopped at its first own call, and makes one
+# call fail, or sends a signal there: a recording of a run without faults tells which calls
+# there are.  Then the same again at the next call, until every one has had its turn.
+
+BUDGET = float(os.environ.get("MYDOCKER_BUDGET", "20"))  # seconds a test may try faults for
+
+LAUNCHER = """if 1:
+    import _socket, importlib.util, os, sys
+    side, peer, program = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    os.set_inheritable(peer, False)
+    peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, peer)
+    spec = importlib.util.spec_from_file_location("mydocker", program)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    def wait():
+        peer.send(b".")
+        peer.recv(1)
+    if side == "run":
+        wait()
+    else:
+        os.register_at_fork(after_in_child=wait)
+    os._exit(module.main(sys.argv[4:]))
+"""
+
+
+WAITING = ("sendto", "recvfrom", "restart_syscall")  # the launcher's, none of mydocker's
+
+
+class Fault(NamedTuple):
+    """What strace does at the `number`th `call`: an error, or a signal."""
+
+    call: str
+    number: int
+    what: str  # error=EIO, signal=KILL
+
+    def __str__(self):
+        return f"{self.call}:{self.what}:when={self.number}"
+
+
+class Faulty(NamedTuple):
+    """How a run with a fault ended, and where the fault was."""
+
+    fault: Fault
+    command: list
+    status: int
+    out: str
+    err: str
+    trace: str
+    seconds: float  # to the last call in it
+    cgroups: list  # of this run, that are still there
+    terminal_changed: bool
+
+    @property
+    def lines(self):
+        """What mydocker said, without the notice that is no fault."""
+        return [line for line in self.err.splitlines() if "without root" not in line]
+
+    @property
+    def place(self):
+        """The call that failed, as strace shows it."""
+        return next((line for line in self.trace.splitlines() if "INJECTED" in line), "")
+
+    @property
+    def hit(self):
+        """Whether the fault came at all: the number of calls varies with the neighbours."""
+        calls = re.findall(rf"^{self.fault.call}\(", self.trace, re.MULTILINE)
+        return len(calls) >= self.fault.number
+
+    @property
+    def late(self):
+        """Whether the container was at its end before."""
+        return "wait4(" in self.trace or self.seconds > 4.9
+
+    def told(self, what, whole=""):
+        """This, as a line for the one who has to mend it."""
+        ours, theirs = (text.splitlines() for text in (normal(self.out), whole))
+        lost = [line for line in theirs if line not in ours][:3] if ours else []
+        new = [line for line in ours if line not in theirs][:3]
+        return f"{what}: {self.fault} {self.place} -> {self.status} {self.lines} -{lost} +{new}"
+
+
+class Traced:
+    """Runs of one command line, with strace at `run` or at `init`."""
+
+    def __init__(self, caller, side, options, command, terminal):
+        need(os.geteuid() == 0, "root, to trace any process")
+        need(shutil.which("strace"), "strace")
+        self.caller, self.side, self.terminal = caller, side, terminal
+        self.options, self.command = options, command
+
+    def run(self, fault=None, command=None):
+        """Run to the end; the trace has the calls that come after the start."""
+        here, there = socket.socketpair()
+        log = tempfile.mktemp(dir=str(self.caller.dir))
+        master = slave = before = None
+        stdin = subprocess.DEVNULL
+        if self.terminal:
+            master, stdin = slave_pair = pty.openpty()
+            slave = slave_pair[1]
+            before = termios.tcgetattr(slave)
+        command = [
+            self.caller.python, "-S", "-X", f"pycache_prefix={self.caller.dir}/pyc",
+            "-c", LAUNCHER, self.side, str(there.fileno()), str(PROGRAM),
+            "run", *(str(word).replace("FRESH", log) for word in self.options),
+            *(command or self.command),
+        ]  # fmt: skip
+        if self.caller.uid:
+            uid = self.caller.uid  # no preexec_fn: there are threads here
+            command[:0] = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+        process = subprocess.Popen(
+            command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            pass_fds=(there.fileno(),), cwd=str(self.caller.dir), env=environment,
+        )  # fmt: skip
+        there.close()
+        try:
+            assert here.recv(1), ended(process)
+            pid = process.pid if self.side == "run" else wait_until(lambda: children(process.pid))[0]
+            what = ["-e", "trace=all"]
+            if fault:
+                what = ["-ttt", "-e", f"trace={fault.call},wait4", "-e", f"inject={fault}"]
+            tracer = subprocess.Popen(
+                ["strace", "-o", log, *what, "-p", str(pid)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            said = tracer.stderr.readline()
+            assert b"attached" in said, said
+            begin = time.time()
+            here.send(b".")
+            result = ended(process)
+            ended(tracer)
+            own = [path for path in cgroups_left() if f".{process.pid}." in path]
+            changed = before is not None and termios.tcgetattr(slave) != before
+        finally:
+            here.close()
+            for fd in filter(None, (master, slave)):
+                os.close(fd)
+        trace = read(log)
+        os.unlink(log)
+        times = [float(number) - begin for number in re.findall(r"^(\d+\.\d+) ", trace, re.MULTILINE)]
+        trace = re.sub(r"^\d+\.\d+ ", "", trace, flags=re.MULTILINE)
+        return Faulty(fault, command or self.command, *result, trace, max(times + [0]), own, changed)
+
+    def calls(self, trace):
+        """(call, number) of every call of a trace, as far as it is mydocker's."""
+        seen, found = {}, []
+        for line in trace.splitlines():
+            match = re.match(r"(\w+)\(", line)
+            if match:
+                name = match.group(1)
+                seen[name] = seen.get(name, 0) + 1
+                if name not in WAITING:
+                    found.append((name, seen[name]))
+                if name == "execve":
+                    break
+        return found
+
+    def each(self, cases):
+        """Results of run(*case), for as many cases as there is time for, taken evenly."""
+        begin, workers = time.monotonic(), os.cpu_count() or 1
+        self.run()
+        seconds = time.monotonic() - begin
+        step = int(len(cases) * seconds / workers / BUDGET) + 1
+        with ThreadPoolExecutor(workers + 1) as pool:
+            return list(pool.map(lambda case: self.run(*case), cases[::step]))
+
+
+# What a container shows of its isolation; the same in each run but for the numbers.
+SELF_PORTRAIT = """
+    exec 2>&1
+    cut -d ' ' -f 4- /proc/self/mountinfo
+    grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp|SigBlk|SigIgn)' /proc/self/status
+    cat /proc/self/cgroup /proc/1/oom_score_adj /proc/sys/kernel/hostname
+    for name in cgroup ipc mnt net pid uts; do readlink /proc/1/ns/$name; done
+    echo /proc/[0-9]*; ls /proc/1/fd /dev; umask; pwd; echo ${A-unset}
+    for file in memory.limit_in_bytes memory.max cpu.cfs_quota_us cpu.max pids.max; do
+        cat /sys/fs/cgroup/$file /sys/fs/cgroup/*/$file
+    done
+    cat /sys/class/net/lo/flags; echo end
+""".replace("\n    ", "\n")
+HOST_NAMESPACES = [os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")]
+
+
+def normal(portrait):
+    """A self-portrait without what differs from run to run."""
+    for namespace in HOST_NAMESPACES:
+        portrait = portrait.replace(namespace, "THE HOST'S")
+    portrait = re.sub(r":\[\d+\]", ":[own]", portrait.replace("\r", ""))
+    portrait = re.sub(r"\b[0-9a-f]{12}\b", "ID", portrait)
+    return re.sub(r"/fd/\d+|FRESH\S*|\b\d+ (?=/proc)", "N", portrait)
+
+
+LIMITED = """-m 64m --cpus 0.5 --cpuset-cpus 0 --oom-score-adj 100 -u 0:0
+    --read-only -v .:/volume:ro --tmpfs /scratch -w /volume -e A=b --stop-timeout 0.1
+    --upperdir FRESH.layer --pidfile FRESH.pid""".split()
+
+
+@pytest.fixture(params=["limits", "terminal", "host"])
+def situation(request, account):
+    """How a container is asked for; a function that makes Traced of it."""
+    words = {
+        "limits": ["--rootfs", account.rootfs, *LIMITED],
+        "terminal": ["--rootfs", account.rootfs, "-ti"],
+        "host": ["--network", "host"],
+    }[request.param]
+    if account.uid and request.param == "limits":
+        pytest.skip("limits take root")
+    if account.uid == 0:
+        words += ["--pids-limit", "50"]
+
+    def traced(side, *command):
+        return Traced(account, side, words, command, request.param == "terminal")
+
+    return traced
+
+
+# They cannot fail, or only where Python itself cannot go on
+SURE = """brk exit exit_group futex getegid geteuid getpid getrandom madvise mmap mprotect
+    mremap munmap rt_sigaction rt_sigprocmask rt_sigreturn sched_yield umask uname""".split()
+ERRORS = {"clone": "EAGAIN", "openat": "EMFILE", "mkdir": "ENOSPC", "read": "ENOMEM",
+          "write": "ENOSPC"}  # fmt: skip
+# These only look, or let go: what is said need not name them, but what was done
+LOOKS = """access capget close faccessat faccessat2 fcntl fgetxattr fstat fstatfs getcwd
+    getdents64 listxattr lseek lstat newfstatat poll read readlink readlinkat stat statfs
+    statx""".split()
+NAMES = {  # what call() names, where libc makes another call of it
+    "clone": "fork", "newfstatat": "stat", "openat": "open", "wait4": "waitpid",
+    "signalfd4": "signalfd", "mkdirat": "mkdir", "symlinkat": "symlink", "dup3": "dup2",
+}  # fmt: skip
+
+
+def verdict(faulty, whole, side, cwd):
+    """What is wrong with how a run took an error; "" for nothing."""
+    name, lines, portrait = faulty.fault.call, faulty.lines, normal(faulty.out)
+    problem = next((line for line in lines if not line.startswith("  hint: ")), "")
+    if any(not line.startswith(("mydocker: ", "  hint: ")) for line in lines):
+        return "says what is no message"
+    if "internal error" in problem or problem.startswith("mydocker: [Errno"):
+        return "does not say what was being done"
+    if faulty.terminal_changed and "terminal" not in problem:
+        return "the terminal is changed"
+    if faulty.cgroups and "rmdir(" not in problem:
+        return f"leaves {faulty.cgroups}"
+    if "starting in /" in problem:
+        whole = whole.replace(f"\n{cwd}\n", "\n/\n")
+    if faulty.status == 0 and portrait == whole:
+        return "many warnings" if len(lines) > 1 else ""
+    if "stdout: " in problem and not set(portrait.split("\n")) - set(whole.split("\n")):
+        return ""
+    if faulty.status == 0 and name == "mount" and "overlay" in faulty.place:
+        new = set(portrait.split("\n")) - set(whole.split("\n"))
+        return "" if all(" ro," in line for line in new) else "less than asked for"
+    if faulty.status == 0 or not whole.startswith(portrait):
+        return "less than asked for"
+    if faulty.status in (126, 127):
+        return "" if "cannot execute" in problem and not faulty.out else "status"
+    if faulty.status != 125:
+        return "status"
+    if side == "init" and faulty.out:
+        return "the command has run"
+    if len(lines) - any("  hint: " in line for line in lines) != 1:
+        return "not one line"
+    if name in LOOKS or f"{NAMES.get(name, name)}(" in problem:
+        return ""
+    if any(path in problem for path in re.findall('"(/[^"]+)"', faulty.place)):
+        return ""
+    return "" if name == "ioctl" and "terminal" in problem else "does not name the call"
+
+
+@slow
+@pytest.mark.parametrize("side", ["run", "init"])
+def test_every_call_that_fails_is_told_and_leaves_nothing(situation, side):
+    traced = situation(side, *SH, SELF_PORTRAIT)
+    clean = traced.run()
+    assert (clean.status, clean.lines) == (0, []), clean
+    calls = [call for call in traced.calls(clean.trace) if call[0] not in SURE]
+    errors = ["error=" + ERRORS.get(name, "EIO") for name, _ in calls]
+    wrong, whole = [], normal(clean.out)
+    for faulty in traced.each([(Fault(*call, error),) for call, error in zip(calls, errors)]):
+        what = verdict(faulty, whole, side, traced.caller.dir)
+        wrong += [faulty.told(what, whole)] if what else []
+    traced.run()  # sweeps what could not be removed
+    assert wrong == [], "\n" + "\n".join(wrong)
+
+
+# Ends by itself, late, for the sake of runs that the fault did not hit
+LONG = [*SH, "sleep 5; echo survived"]
+
+
+def killed_at_every_call(traced, name):
+    """Results of runs that get a signal at each call.
+
+    The command does not end by itself where the signal comes before it has begun.
+    """
+    clean = traced.run()
+    assert clean.status == 0, clean
+    calls = traced.calls(clean.trace)
+    begun = next((i for i, call in enumerate(calls) if call[0] == "poll"), len(calls))
+    cases = []
+    for index, call in enumerate(calls):
+        early = traced.side == "run" and index <= begun
+        cases.append((Fault(*call, f"signal={name}"), LONG if early else None))
+    results = traced.each(cases)
+    for _ in range(len(results) // 16 + 2):
+        traced.run()  # sweeps a few cgroups each time
+    wrong = [faulty.told("not hit") for faulty in results if not faulty.hit and faulty.status]
+    return wrong, [faulty for faulty in results if faulty.hit]
+
+
+@slow
+@pytest.mark.parametrize("situation", ["limits", "terminal"], indirect=True)
+@pytest.mark.parametrize("side, status", [("run", -signal.SIGKILL), ("init", 137)])
+def test_sigkill_at_any_call_leaves_at_most_an_empty_cgroup(situation, side, status):
+    wrong, results = killed_at_every_call(situation(side, "true"), "KILL")
+    for faulty in results:
+        if faulty.status != status:
+            wrong.append(faulty.told("status"))
+        elif faulty.lines or faulty.out and not faulty.late:
+            wrong.append(faulty.told("somebody has lived on"))
+        elif side == "init" and faulty.cgroups:
+            wrong.append(faulty.told(f"left {faulty.cgroups}"))
+    assert wrong == [], "\n" + "\n".join(wrong)
+
+
+@slow
+@pytest.mark.parametrize("situation", ["limits", "terminal"], indirect=True)
+def test_sigterm_at_any_call_of_run_ends_it_in_good_order(situation):
+    wrong, results = killed_at_every_call(situation("run", "true"), "TERM")
+    for faulty in results:
+        if faulty.status not in (143, 137, -signal.SIGTERM) and not (faulty.late and faulty.status == 0):
+            wrong.append(faulty.told("status"))
+        elif faulty.cgroups or faulty.terminal_changed or faulty.out and not faulty.late:
+            wrong.append(faulty.told(f"left {faulty.cgroups}"))
+        elif any(not line.startswith("mydocker: SIGTERM") for line in faulty.lines):
+            wrong.append(faulty.told("says something else"))
+    assert wrong == [], "\n" + "\n".join(wrong)
+
+
+@slow
+@pytest.mark.parametrize("situation", ["limits", "terminal"], indirect=True)
+def test_sigterm_to_init_before_it_is_the_command_ends_nothing_half_done(situation):
+    """The kernel keeps from a PID 1 what it has no handler for."""
+    wrong, results = killed_at_every_call(situation("init", "true"), "TERM")
+    for faulty in results:
+        if faulty.status not in (0, 143) or faulty.lines or faulty.cgroups:
+            wrong.append(faulty.told(""))
+    assert wrong == [], "\n" + "\n".join(wrong)
+
+
+# ---- Crowds --------------------------------------------------------------------------
+
+
+def crowd(caller, lines, at_once):
+    """Results of many runs, a number of them at any time, in order."""
+    running, results = [], []
+    for words in lines:
+        if len(running) == at_once:
+            results.append(ended(running.pop(0)))
+        running.append(caller.popen(caller.words("run", *caller.options, *words)))
+    return results + [ended(process) for process in running]
+
+
+@pytest.mark.parametrize("number", [40, pytest.param(200, marks=slow)])
+def test_a_crowd_of_containers_is_as_good_as_one(busybox, number):
+    limits = ["-m", "64m", "--pids-limit", "50", "--cpus", "0.5"] if busybox.uid == 0 else []
+    lines = [[*limits, *SH, f"hostname; exit {i % 100}"] for i in range(number)]
+    results = crowd(busybox, lines, at_once=32)
+    wrong = [r for i, r in enumerate(results) if (r.status, r.err) != (i % 100, "")]
+    assert wrong == []
+    assert len({result.out for result in results}) == number
+
+
+def test_of_runs_that_begin_at_once_on_one_upperdir_one_has_it(busybox):
+    layer = busybox.dir / "layer"
+    words = busybox.words("run", *busybox.options, "-i", "--upperdir", layer, "cat")
+    runs = [busybox.popen(words, stdin=subprocess.PIPE) for _ in range(4)]
+    wait_until(lambda: sum(run.poll() is not None for run in runs) == 3, "three refusals")
+    winner = next(run for run in runs if run.poll() is None)
+    assert ended(winner, b"mine") == Result(0, "mine", "")
+    for run in runs:
+        if run is not winner:
+            assert "another container is using it" in refusal(ended(run))
+
+
+@root_only
+def test_of_runs_that_begin_at_once_with_one_name_at_most_one_has_it(busybox):
+    words = busybox.words("run", *busybox.options, "-i", "--name", "one", "cat")
+    runs = [busybox.popen(words, stdin=subprocess.PIPE) for _ in range(4)]
+    wait_until(lambda: sum(run.poll() is not None for run in runs) >= 3, "three refusals")
+    results = [ended(run, b"") for run in runs]
+    refused = [result for result in results if result.status]
+    assert len(refused) >= 3
+    assert {"in use" in refusal(result) for result in refused} == {True}
+
+
+@root_only
+def test_the_sweep_of_a_busy_machine_takes_no_cgroup_of_the_living(busybox):
+    """Runs that have just begun are empty, too, and others are killed all the while."""
+    corpses = []
+    with busybox.start("-m", "50m", *IDLE) as container:
+        container.line()
+        own = cgroup_of(container.pid1, "memory")
+        for _ in range(8):
+            for _ in range(4):
+                corpses.append(busybox.start("-m", "50m", "sleep", "1000"))
+                corpses[-1].process.kill()
+            results = crowd(busybox, [["-m", "50m", "true"]] * 8, at_once=8)
+            assert set(results) == {Result(0, "", "")}
+            assert str(container.pid1) in read(own / "cgroup.procs").split()
+        for corpse in corpses:
+            ended(corpse.process)
+            with contextlib.suppress(FileNotFoundError):
+                corpse.pidfile.unlink()
+    for _ in range(len(corpses) // 16 + 1):
+        busybox.out("-m", "50m", "true")
+
+
+# ---- Hostile insides -----------------------------------------------------------------
+
+
+BOMB = """if 1:
+    import os, time
+    while True:
+        try:
+            os.fork()
+        except BlockingIOError:
+            time.sleep(0.1)"""
+
+
+@root_only
+def test_a_fork_bomb_leaves_the_host_at_work_and_can_be_ended(mydocker):
+    words = ("--pids-limit", "60", "--stop-timeout", "0", "-w", "/", PYTHON, "-c", BOMB)
+    with mydocker.start(*words) as container:
+        namespace = os.readlink(f"/proc/{container.pid1}/ns/pid")
+        wait_until(lambda: len(processes_in(namespace)) == 60, "the bomb")
+        mydocker.out("true")
+        assert len(processes_in(namespace)) <= 60
+        container.send(signal.SIGTERM)
+        assert container.end().status == 137
+        assert processes_in(namespace) == []
+
+
+@root_only
+@pytest.mark.parametrize("place", ["/dev/shm", "/tmp", ""])
+def test_a_file_bigger_than_the_memory_ends_by_the_limit_and_is_told(busybox, place):
+    fill = f"dd if=/dev/zero of={place}/file bs=1M count=60"
+    result = busybox("-m", "24m", *SH, f"{fill} 2>/dev/null; exit 0")
+    assert result.status in (0, 137)
+    assert re.search("^mydocker: out of memory: .* 24 MiB .* files .*", result.err), result
+
+
+def test_a_command_that_ignores_every_signal_is_ended_by_the_second_request(busybox):
+    script = "trap '' 1 2 3 10 12 15 17 18 20 21 22; echo ready; while :; do sleep 1000; done"
+    with busybox.start("--stop-timeout", "1000", *SH, script) as container:
+        container.line()
+        for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGCONT, signal.SIGTERM):
+            container.send(number)
+        container.line("stderr") if container.process.poll() is not None else None
+        namespace = os.readlink(f"/proc/{container.pid1}/ns/pid")
+        container.send(signal.SIGINT)
+        result = container.end()
+        assert result.status == 137 and "second" in result.err
+        assert processes_in(namespace) == []
+
+
+@pytest.mark.parametrize("options", [[], ["-t"]], ids=["pipe", "terminal"])
+def test_a_command_whose_processes_stop_themselves_runs_on_until_it_is_ended(busybox, options):
+    script = "sh -c 'kill -STOP $$' & kill -STOP 1; echo ready; wait"
+    words = (*options, "--stop-timeout", "0", *SH, script)
+    with busybox.start(*words) as container:
+        assert container.line().strip() == "ready"
+        (child,) = wait_until(lambda: children(container.pid1), "the child")
+        stopped = "T (stopped)"
+        wait_until(lambda: stopped in read(f"/proc/{child}/status"), "it to stop")
+        assert container.process.poll() is None
+        container.send(signal.SIGTERM)
+        assert container.end().status == 137
+
+
+CLEAR_PDEATHSIG = """if 1:
+    import ctypes, time
+    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+    print("cleared", flush=True)
+    time.sleep(1000)"""
+
+
+def test_a_command_that_clears_its_pdeathsig_is_ended_on_request(mydocker):
+    words = ("--stop-timeout", "0", "-w", "/", PYTHON, "-c", CLEAR_PDEATHSIG)
+    with mydocker.start(*words) as container:
+        assert container.line() == "cleared"
+        container.send(signal.SIGTERM)
+        assert container.end().status == 137
+
+
+@pytest.mark.parametrize("interactive", [[], ["-i"]], ids=["t", "ti"])
+def test_input_that_nobody_reads_stands_in_nobodys_way(busybox, interactive):
+    flood = busybox.path("flood", "x" * MIB)
+    script = "stty raw -echo; trap 'echo over; exit 7' TERM; echo ready; while :; do sleep 0.05; done"
+    with open(str(flood)) as stdin:
+        words = ("-t", *interactive, "--stop-timeout", "1000", *SH, script)
+        with busybox.start(*words, stdin=stdin) as container:
+            while "ready" not in container.line():
+                pass
+            container.send(signal.SIGTERM)
+            result = container.end()
+    assert result.status == 7 and "over" in result.out
+
+
+def test_a_command_may_close_its_terminal_and_open_it_again(busybox):
+    script = "exec 0<&- 1>&- 2>&-; exec 1>/dev/tty; echo back; exit 4"
+    assert busybox("-t", *SH, script)[:2] == (4, "back\r\n")
+
+
+def test_a_terminal_that_is_closed_costs_no_processor_time(busybox):
+    script = "echo ready; exec 0<&- 1>&- 2>&-; exec sleep 1000"
+    with busybox.start("-t", "--stop-timeout", "0", *SH, script) as container:
+        container.line()
+        wait_until(lambda: read(f"/proc/{container.pid1}/comm") == "sleep\n", "sleep")
+        before = cpu_seconds(container.process.pid)
+        with pytest.raises(subprocess.TimeoutExpired):
+            container.process.wait(0.5)
+        assert cpu_seconds(container.process.pid) - before < 0.1
+        container.send(signal.SIGTERM)
+        assert container.end().status == 137
+
+
+@slow
+def test_a_million_lines_reach_a_slow_reader_through_a_terminal(busybox):
+    words = busybox.words("run", *busybox.options, "-t", "seq", "1000000")
+    run, seen, size = busybox.popen(words, bufsize=0), hashlib.sha256(), 0
+    while True:
+        data = os.read(run.stdout.fileno(), 1000)
+        if not data:
+            break
+        seen.update(data)
+        size += len(data)
+    expected = "".join(f"{number}\r\n" for number in range(1, 1000001)).encode()
+    assert size == len(expected)
+    assert seen.hexdigest() == hashlib.sha256(expected).hexdigest()
+    assert ended(run).status == 0
+
+
+@pytest.mark.parametrize("options", [[], ["-t"]], ids=["pipe", "terminal"])
+def test_children_that_hold_stdout_do_not_hold_up_the_end(busybox, options):
+    script = "(trap '' HUP TERM; setsid sleep 1000 &) ; sleep 1000 & echo done; exit 3"
+    status, out, _ = busybox(*options, *SH, script)
+    assert (status, out.strip()) == (3, "done")
+
+
+def test_a_daemon_of_the_command_is_ended_with_it(mydocker):
+    source = """if 1:
+        import os, time
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            print(os.readlink("/proc/self/ns/pid"), flush=True)
+            time.sleep(1000)
+        os.wait()
+        time.sleep(0.1)"""
+    namespace = mydocker("-w", "/", PYTHON, "-c", source).out.strip()
+    assert namespace.startswith("pid:") and processes_in(namespace) == []
+
+
+# ---- Bad input -----------------------------------------------------------------------
+
+# A word a line on stdin, an empty line ends a command line; answers on stdout.  It is the
+# whole program, in a child that begins where the interpreter has read it.
+FUZZED = """if 1:
+    import importlib.util, json, os, resource, sys
+    spec = importlib.util.spec_from_file_location("mydocker", sys.argv[1])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    answers = os.dup(1)
+    null = os.open("/dev/null", os.O_RDWR)
+    for line in open(0, closefd=False):
+        words = [bytes.fromhex(word).decode("utf-8", "surrogateescape") for word in json.loads(line)]
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            for fd, number in (null, 0), (null, 1), (writer, 2):
+                os.dup2(fd, number)
+            os._exit(module.main(words))
+        os.close(writer)
+        with open(reader, "rb") as file:
+            said = file.read().decode("utf-8", "replace")
+        status = os.waitpid(pid, 0)[1]
+        status = -(status & 127) if status & 127 else status >> 8
+        os.write(answers, (json.dumps([status, said]) + "\\n").encode())
+"""
+
+SHORT = "i t m c v w e u".split()
+MADE_UP = ["--nosuch", "--mem", "-x", "-", "--", "---", "--=", "-=", "-ti", "-it", "-tm", "-m=",
+           "-tix", "-m100m", "--memory=", "--tty=1", "-cpuset", "-cpushare", "-cpu", ""]  # fmt: skip
+VALUES = """0 1 -1 2 007 1e9 0x10 1.5 .5 5. nan inf -inf 99999999999999999999 -0 +1 64m 1.5g 10tb 1k
+    0-1 0-0 1-0 0,, ,0 0-999999999 0-99999 0-4294967296 a:b :/x /x: .:/v .:/v:ro .:/v:rx .:relative
+    /:/ /v:/v/v:ro /scratch /scratch:size=1m /scratch:size=1% /scratch:mode=9999 /scratch:exec,,ro
+    . .. /proc/self/fd/3 nonexistent/x pid 0:0 nobody root:nogroup
+    65534 4294967295 4294967296 A=b A= =b A A==b none host ALL CAP_CHOWN chown cap_nosuch json text
+    name -name a.b_c-d true sh /bin/true run init --help --version""".split()
+
+
+def random_line(random):
+    """A command line such as nobody would write, and now and then one that works."""
+    words = [random.choice(["run"] * 18 + ["init", "", "-h", "frobnicate", "--version"])]
+    for _ in range(random.randrange(8)):
+        value = random.choice(VALUES)
+        if random.random() < 0.15:
+            value = random.choice(
+                ["9" * 5000, "x" * 100000, "\udcff\udcfe", "ü字🐳", "a\nb", "\t \x7f", "'\"\\$`", "/" * 5000]
+            )
+        option = random.choice(OPTIONS + ["-" + letter for letter in SHORT] * 2 + MADE_UP)
+        words += random.choice([[option], [option, value], [f"{option}={value}"], [value, option]])
+        if random.random() < 0.1:
+            random.shuffle(words)
+    words[1:1] = ["-e", "PATH=/nowhere"] * (words[0] == "run")  # no word is a command by chance
+    ends = [[], ["/bin/true"], ["/bin/true"], ["--", "/bin/true"], [random.choice(VALUES)]]
+    return words + random.choice(ends)
+
+
+@pytest.mark.parametrize("number", [300, pytest.param(3000, marks=slow)])
+def test_no_command_line_at_all_gives_a_traceback_or_a_strange_status(account, number):
+    lines = [random_line(random.Random(seed)) for seed in range(number)]
+    encoded = [[os.fsencode(word).hex() for word in words] for words in lines]
+    server = account.popen([account.python, "-S", "-c", FUZZED, str(PROGRAM)],
+                           stdin=subprocess.PIPE)  # fmt: skip
+    data = "".join(json.dumps(words) + "\n" for words in encoded).encode()
+    out, err = server.communicate(data, timeout=PATIENCE * 10)
+    assert err == b""
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert len(answers) == number
+    wrong = []
+    for words, (status, said) in zip(lines, answers):
+        told = ("usage: ", "[")  # --explain begins with a pid
+        spoken = [line for line in said.splitlines() if not line.strip().startswith(told)]
+        good = all(line.startswith(("mydocker: ", "  hint: ", "{")) for line in spoken)
+        small = status == 137 and "2" in words  # bytes of memory: killed at its limit
+        if not (status in (0, 125, 126, 127) or small) or not good or "internal" in said:
+            wrong.append((words, status, said))
+    assert [[word[:80] for word in words] + [status, said[-500:]] for words, status, said in wrong] == []
+
+
+@root_only
+@pytest.mark.parametrize("text", ["0-999999999", "0-99999999"])
+def test_a_long_list_of_cpus_is_refused_at_once(busybox, text):
+    """Not after it has been written out in memory."""
+    limited = ["prlimit", f"--as={1 << 30}"]
+    need(shutil.which("prlimit"), "prlimit (util-linux)")
+    words = busybox.words("run", *busybox.options, "--cpuset-cpus", text, "true")
+    assert "cpuset" in refusal(ended(busybox.popen(limited + words)))
+
+
+# ---- Strange surroundings ------------------------------------------------------------
+
+
+def within(caller, shell, *words, **how):
+    """Run `mydocker.py run` by a shell that prepares and redirects: "$@" is the command."""
+    command = caller.words("run", *caller.options, *words)
+    return ended(caller.popen(["sh", "-c", shell, "sh", *command], **how))
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("options", [[], ["-i"]], ids=["", "i"])
+def test_a_closed_descriptor_is_dev_null_and_never_something_of_ours(busybox, closed, options):
+    script = "(for fd in /proc/1/fd/*; do readlink $fd; done) >&2; exit 3"
+    result = within(busybox, f'"$@" {closed}', *options, *SH, script)
+    assert result.status == 3
+    if "2>" not in closed:
+        links = result.err.splitlines()
+        assert len(links) == 3
+        assert all(link == "/dev/null" or "pipe:" in link for link in links), links
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_terminal_needs_none_of_the_callers_descriptors(busybox, closed):
+    assert within(busybox, f'"$@" {closed}', "-ti", *SH, "tty; exit 3").status == 3
+
+
+def test_a_full_disk_as_stdout_is_the_commands_to_report(busybox):
+    result = within(busybox, '"$@" >/dev/full', "echo", "text")
+    assert result.status == 1 and "No space left" in result.err
+    assert "mydocker" not in result.err
+
+
+def test_a_full_disk_as_stdout_of_a_terminal_is_told_and_ends_the_command(busybox):
+    result = within(busybox, '"$@" >/dev/full', "-t", "--stop-timeout", "0", "yes")
+    assert result.status in (1, 129, 137)  # 1: it wrote, and was told EIO
+    assert "mydocker: stdout: No space left on device" in result.err.splitlines()
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", "run --help"])
+def test_help_that_cannot_be_written_is_an_error(cli, words):
+    with open("/dev/full", "w") as full:
+        result = cli(*words.split(), stdout=full)
+    assert "No space left" in refusal(result)
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", "run --help"])
+def test_help_for_nobody_is_no_error(cli, words):
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *cli.__self__.words(*words.split())]
+    assert ended(cli.__self__.popen(command)) == Result(0, "", "")
+
+
+def test_a_stderr_that_cannot_be_written_changes_no_status(busybox):
+    for full in "2>/dev/full", "2>&-":
+        assert within(busybox, f'"$@" {full}', "no-such-command").status == 127
+        assert within(busybox, f'"$@" {full}', "-m", "lots", "true").status == USAGE_ERROR
+        assert within(busybox, f'"$@" {full}', "--explain", "true").status == 0
+
+
+def test_a_reader_that_goes_away_ends_what_writes_to_a_terminal(busybox):
+    command = busybox.words("run", "--stop-timeout", "0", *busybox.options, "-t", "yes")
+    run = busybox.popen(command)
+    run.stdout.read(1 << 16)
+    run.stdout.close()
+    run.stdout = None
+    assert ended(run).status in (1, 129, 137)
+
+
+@pytest.mark.parametrize("number", [4, 5, 6, 8, 12, 16, 20, 24, 32])
+def test_few_descriptors_are_enough_or_the_end_is_clear(busybox, number):
+    result = within(busybox, f'ulimit -n {number}; exec "$@"', "echo", "done")
+    if result.status == 0:
+        assert result == Result(0, "done\n", "")
+    elif "mydocker" in result.err:
+        assert "Too many open files" in refusal(result)
+    else:  # the interpreter itself could not start
+        assert number < 8 and result.out == ""
+
+
+def test_16_descriptors_are_enough_for_a_small_container(busybox):
+    result = within(busybox, 'ulimit -n 16; exec "$@"', "echo", "done")
+    assert result.status == 0 or "Too many open files" in refusal(result)
+
+
+def test_a_deleted_directory_is_a_place_to_start_from(account):
+    shell = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    here = Caller(account.uid, account.python, account.dir, account.rootfs)
+    result = within(here, shell, "pwd")
+    assert (result.status, result.out) == (0, "/\n")
+    assert "deleted" in result.err
+    here.options = ("--rootfs", account.rootfs)
+    assert within(here, shell, "pwd") == Result(0, "/\n", "")
+
+
+def test_an_empty_environment_is_enough(busybox):
+    assert within(busybox, 'exec env -i "$@"', *SH, "echo $HOME") == Result(0, "/root\n", "")
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "C.UTF-8", "nosuch_LOCALE.latin1"])
+@pytest.mark.parametrize("coerced", ["", "PYTHONCOERCECLOCALE=0 PYTHONUTF8=0"], ids=["", "strict"])
+def test_words_are_bytes_in_every_locale(busybox, locale, coerced):
+    shell = f'export LC_ALL={locale} {coerced}; exec "$@"'
+    assert within(busybox, shell, "echo", "ü字🐳", "\udcff").out == "ü字🐳 \udcff\n"
+    result = within(busybox, shell, "ü-no-such-字")
+    assert result.status == 127 and "ü-no-such-字" in refusal(result, 127)
+
+
+def test_a_narrow_umask_does_not_narrow_the_container(busybox):
+    script = "umask; cat /etc/passwd >/dev/null && : >/dev/shm/x && : >/tmp/x && cat /new/work 2>&1"
+    words = ("-w", "/new/work", "--tmpfs", "/scratch", *SH, f"{script}; stat -c %a / /dev /new")
+    plain = within(busybox, '"$@"', *words)
+    assert within(busybox, 'umask 077; "$@"', *words) == plain
+    assert plain.out.startswith("0022\n")
