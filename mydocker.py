@@ -721,6 +721,14 @@ def find_hierarchies() -> "dict[str, Hierarchy]":
     return found
 
 
+def inode(path: str) -> int:
+    """Return the number of what is at `path`, 0 for nothing: a cgroup made anew has another."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
+
+
 def start_time(pid: "int | str") -> str:
     """Return when process `pid` started, in ticks since boot. See proc_pid_stat(5)."""
     return read_file(f"/proc/{pid}/stat", "when did it start").rpartition(")")[2].split()[19]
@@ -819,6 +827,7 @@ class Cgroups:
                     raise Unavailable(str(error)) from None
                 if error.errno != errno.EEXIST:  # which says that another run was faster
                     raise
+            before = inode(shared)
             try:
                 if hierarchy.version == 2:
                     hand_down(controllers, hierarchy.top, shared)
@@ -827,8 +836,8 @@ class Cgroups:
                 call("mkdir", f"{shared}/{self.name}", MODE_755, why="the container's own cgroup")
                 hierarchy.directory = f"{shared}/{self.name}"
             except CallError as error:  # ENOENT, ENODEV: another run ended and took `shared` along
-                if error.errno not in (errno.ENOENT, errno.ENODEV) or os.path.isdir(shared):
-                    raise
+                if error.errno not in (errno.ENOENT, errno.ENODEV) or inode(shared) == before != 0:
+                    raise  # it is still the same, so that was not the reason
         self.check_neighbours(shared)
         if "cpuset" in controllers and hierarchy.version == 1:
             inherit_cpuset(hierarchy.directory)
