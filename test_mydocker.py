@@ -51,6 +51,7 @@ SH = ("sh", "-c")
 IDLE = ("tail", "-n", "1", "-f", "/etc/hosts")  # a line, then deaf to every signal
 USAGE_ERROR = 125
 PYTHON = "/usr/bin/python3"  # inside the host's view
+KERNEL = tuple(int(number) for number in os.uname().release.split("-")[0].split(".")[:2])
 
 with warnings.catch_warnings():  # this file is all there is: no ini file registers them
     warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
@@ -475,6 +476,7 @@ def mydocker(account):
 @pytest.fixture
 def busybox(account):
     """mydocker.py run --rootfs DIR."""
+    need(account.uid == 0 or KERNEL >= (5, 11), "overlay in user namespaces (Linux 5.11)")
     options = ("--rootfs", account.rootfs)
     return Caller(account.uid, account.python, account.dir, account.rootfs, options)
 
@@ -484,8 +486,10 @@ def nothing_is_left(playground):
     """After every test the host is as it was before it."""
 
     def temporary():
-        foreign = ("pytest-", "systemd-private-")
-        return {name for name in os.listdir("/tmp") if not name.startswith(foreign)}
+        """What mydocker would have put in the host's /tmp, had it not covered that before."""
+        ours = ("mydocker", "upper", "work", "proc", "sys", "dev", "run", "etc")
+        names = os.listdir("/tmp")
+        return {name for name in names if name.startswith(ours) and "systemd" not in name}
 
     def living():
         with contextlib.suppress(ChildProcessError):
@@ -2652,6 +2656,76 @@ def test_the_hosts_python_is_no_interpreter(busybox, path, depth):
     assert result.status in (125, 126)
 
 
+# What a hostile image would have for Python's standard library. It runs before anything else of
+# Python does, so only if mydocker has executed the host's interpreter in the container.
+HOSTILE_LIBRARY = """if 1:
+    import posix
+    posix.write(1, b"the host's Python runs in here\\n")
+    held = posix.open("/proc/self/exe", posix.O_RDONLY)
+    for path in "/proc/self/exe", "/proc/1/exe", "/proc/self/fd/%d" % held:
+        try:
+            posix.write(posix.open(path, posix.O_WRONLY), b"hostile")
+            posix.write(1, b"and was written to by %s\\n" % path.encode())
+        except OSError as error:
+            posix.write(1, b"%s: %s\\n" % (path.encode(), error.strerror.encode()))
+    posix._exit(0)"""
+
+
+@pytest.fixture
+def hostile(account):
+    """A rootfs that the host's Python would run in, with libraries that write to its file."""
+    need(account.uid == 0 or KERNEL >= (5, 11), "overlay in user namespaces (Linux 5.11)")
+    own = account.dir / "python"  # a copy: the test is to be safe when the protection is not
+    shutil.copy(PYTHON, str(own))
+    layer = account.path("hostile")
+    facts = "import sys; print('usr/lib/python%d.%d' % sys.version_info[:2])"
+    library = layer / subprocess.check_output([PYTHON, "-c", facts]).decode().strip()
+    for path in re.findall(r"(/\S+) \(", subprocess.check_output(["ldd", PYTHON]).decode()):
+        (layer / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, str(layer / path[1:]))
+    (library / "encodings").mkdir(parents=True)
+    (library / "os.py").write_text("")
+    (library / "encodings/__init__.py").write_text(HOSTILE_LIBRARY)
+    script = layer / "script"
+    script.write_text("#!/proc/self/exe\n")
+    script.chmod(0o755)
+    subprocess.run(["chown", "-R", f"{account.uid}:{account.uid}", str(account.dir)], check=True)
+    options = ("--rootfs", account.rootfs, "--rootfs", layer)
+    return Caller(account.uid, str(own), account.dir, account.rootfs, options)
+
+
+def test_the_hostile_image_would_run_the_hosts_python(hostile):
+    """Against the tests below: with the host's Python as a file of its own it does all that."""
+    shutil.copy(hostile.python, str(hostile.dir / "hostile" / "python"))
+    lines = hostile("/python").out.splitlines()
+    assert lines[0] == "the host's Python runs in here" and len(lines) == 4, lines
+
+
+@pytest.mark.parametrize("command", ["/proc/self/exe", "/script"])
+@pytest.mark.parametrize("terminal", [(), ("-t",)], ids=["", "terminal"])
+def test_a_hostile_image_cannot_write_to_the_python_that_runs_mydocker(hostile, command, terminal):
+    before = hashlib.sha256(Path(hostile.python).read_bytes()).digest()
+    result = hostile(*terminal, command)
+    assert result.status in (125, 126) and result.out == "", result
+    assert hashlib.sha256(Path(hostile.python).read_bytes()).digest() == before
+
+
+def test_a_child_that_holds_the_exe_of_pid_1_holds_a_file_of_the_container(hostile):
+    """While the container lives and after, when a SIGKILL of run has left the child no time."""
+    before = hashlib.sha256(Path(hostile.python).read_bytes()).digest()
+    script = """
+        (exec 9</proc/1/exe; cmp /proc/1/exe /bin/busybox && echo its own
+         while :; do echo hostile >/proc/1/exe; echo hostile >/proc/self/fd/9; done 2>/dev/null) &
+        wait"""
+    with hostile.start(*SH, script) as container:
+        assert container.line() == "its own"
+        namespace = os.readlink(f"/proc/{container.pid1}/ns/pid")
+        container.send(signal.SIGKILL)
+        wait_until(lambda: not processes_in(namespace), "the end of the container")
+    assert hashlib.sha256(Path(hostile.python).read_bytes()).digest() == before
+    hostile.out("true")  # sweeps the empty cgroup
+
+
 @root_only
 def test_no_process_of_the_container_is_the_hosts_python(mydocker):
     """What /proc/PID/exe opens is a file of the container, from PID 1 on."""
@@ -2749,6 +2823,43 @@ def test_a_delegated_cgroup_gives_an_ordinary_user_limits(busybox, limit, file, 
     words = busybox.words("run", *busybox.options, *limit, "cat", f"/sys/fs/cgroup/{file}")
     result = ended(busybox.popen([*scope, *words]))
     assert (result.status, result.out) == (0, value + "\n")
+
+
+FORBIDDEN = """if 1:
+    import ctypes, os, sys
+    here, there = os.pipe(), os.pipe()
+    if os.fork() == 0:  # stays outside, to map two users: root, who forbids, and the ordinary one
+        os.read(here[0], 1)
+        for file in "uid_map", "gid_map":
+            with open(f"/proc/{os.getppid()}/{file}", "w") as map:
+                map.write(f"0 0 1\\n1 {sys.argv[1]} 1\\n")
+        os._exit(os.write(there[1], b"."))
+    assert ctypes.CDLL(None).unshare(0x10000000) == 0  # CLONE_NEWUSER
+    os.write(here[1], b".")
+    os.read(there[0], 1)
+    os.wait()
+    with open("/proc/sys/user/max_user_namespaces", "w") as setting:  # of this user namespace
+        setting.write("0")
+    os.setgroups([])
+    os.setresgid(1, 1, 1)
+    os.setresuid(1, 1, 1)
+    os.execv(sys.argv[2], sys.argv[2:])"""
+
+
+@user_only
+def test_a_setting_that_forbids_user_namespaces_is_named_with_both_remedies(busybox):
+    need(os.geteuid() == 0, "root, to forbid it")
+    words = [PYTHON, "-c", FORBIDDEN, str(busybox.uid), *busybox.words("run", *busybox.options, "true")]
+    said = refusal(ended(busybox.popen(words, preexec_fn=None)))
+    assert "sysctl user.max_user_namespaces=" in said and "sudo" in said.partition("or use")[2]
+
+
+@user_only
+def test_a_kernel_without_overlay_in_user_namespaces_is_told_with_the_remedy(account):
+    if KERNEL >= (5, 11):
+        pytest.skip("a kernel before 5.11")
+    said = refusal(account("--rootfs", account.rootfs, "true"))
+    assert "5.11" in said and "sudo" in said
 
 
 # ---- Many machines: under systemd ----------------------------------------------------
