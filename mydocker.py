@@ -140,6 +140,7 @@ SIGKILL = Flag("SIGKILL", 9)
 AF_INET = Flag("AF_INET", 2)
 SOCK_DGRAM = Flag("SOCK_DGRAM|SOCK_CLOEXEC", 2 | 0o2000000)
 SIOCSIFFLAGS = Flag("SIOCSIFFLAGS", 0x8914)
+TCSADRAIN = Flag("TCSADRAIN", termios.TCSADRAIN)
 TIOCSCTTY = Flag("TIOCSCTTY", 0x540E)
 TIOCGWINSZ = Flag("TIOCGWINSZ", 0x5413)
 TIOCSWINSZ = Flag("TIOCSWINSZ", 0x5414)
@@ -274,10 +275,14 @@ def show(arg: object) -> str:
     """Return one argument or result of a call as a C programmer would write it."""
     if arg is None:
         return "NULL"
-    if isinstance(arg, bytes) and arg.decode("ascii", "replace").isprintable():
-        arg = arg.decode()
+    if isinstance(arg, bytes) and arg.isascii():
+        text = arg.decode()
+        if text.replace("\n", "").replace("\0", "").isprintable() and (text.strip("\0") or not text):
+            arg = text
     if isinstance(arg, (bytes, ctypes.Array)):
         return f"<struct of {len(arg)} bytes>"
+    if isinstance(arg, list) and arg and isinstance(arg[-1], list):
+        return "<struct termios>"
     text = repr(arg) if isinstance(arg, int) else repr(arg).replace("'", '"')
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -306,7 +311,7 @@ def call(name: str, *args: object, why: str, dir_fd: "int | None" = None):  # ty
         log.step(show_call(name, args, dir_fd), f"-1 {errno.errorcode.get(number, number)}", why)
         raise CallError(number, show_call(name, args, dir_fd), why) from None
     if log.explain and (name != "fork" or result):  # fork returns twice, the story goes on once
-        known = isinstance(result, (int, tuple))
+        known = isinstance(result, (int, tuple, bytes))
         log.step(show_call(name, args, dir_fd), show(result) if known else "0", why)
     return result
 
@@ -341,11 +346,20 @@ def at(fd: int) -> str:
 
 def read_file(path: str, why: str) -> str:
     """Return the text of a file. Raises CallError."""
-    with os.fdopen(call("open", path, O_RDONLY, why=why), "rb", 0) as file:
-        try:
-            return os.fsdecode(file.read())
-        except OSError as error:
-            raise CallError(error.errno or errno.EIO, f"read({show(path)})", why) from None
+    fd = call("open", path, O_RDONLY, why=why)
+    try:
+        return os.fsdecode(read_to_end(fd, why))
+    finally:
+        os.close(fd)
+
+
+def read_to_end(fd: int, why: str) -> bytes:
+    """Return all that can be read from `fd`, until EOF. See read(2)."""
+    data = chunk = call("read", fd, 1 << 16, why=why)
+    while chunk:
+        chunk = os.read(fd, 1 << 16)
+        data += chunk
+    return bytes(data)
 
 
 def write_file(path: str, value: str, why: str) -> None:
@@ -755,7 +769,7 @@ class Cgroups:
         self.options = options
         self.name = f"{options.name or options.id}.{os.getpid()}.{start_time('self')}"
         self.used: "list[Hierarchy]" = []
-        self.join_fds: "list[int]" = []  # init writes "0" to each, which moves the writer
+        self.join_files: "list[tuple[str, int]]" = []  # init writes "0" to each, which moves the writer
         self.left = ""  # our own cgroup, when we had to leave it for a leaf below
 
     def create(self) -> None:
@@ -784,7 +798,8 @@ class Cgroups:
                 continue  # nobody asked for a limit, and there are none to be had
             # v1 "tasks": a thread that moves itself is spared a wait for the kernel's RCU, 5 to 20 ms
             path = f"{hierarchy.directory}/{'tasks' if hierarchy.version == 1 else 'cgroup.procs'}"
-            self.join_fds.append(call("open", path, O_WRONLY, why="init will join the cgroup by it"))
+            fd = call("open", path, O_WRONLY, why="init will join the cgroup by it: it sees no path to it")
+            self.join_files.append((path, fd))
 
     def hurry_join(self) -> None:
         """Move run() on v2 to where it is already: it is the first to move that waits for the kernel's RCU.
@@ -1098,25 +1113,15 @@ def open_in_root(path: str, why: str, create: str = "") -> int:
                 os.close(stack.pop())
             if name in ("", ".", ".."):
                 continue
-            try:
-                fd = open_path(name, why, O_PATH | O_NOFOLLOW, stack[-1])
-            except CallError as error:
-                if error.errno != errno.ENOENT or not create:
-                    raise
-                if create == "dir" or any(names):
-                    call("mkdir", name, MODE_755, dir_fd=stack[-1], why=f"{why}: it is missing")
-                else:
-                    create_file(name, f"{why}: it is missing", stack[-1])
-                fd = open_path(name, why, O_PATH | O_NOFOLLOW, stack[-1])
-            stack.append(fd)
-            status = os.fstat(fd)
+            stack.append(open_component(name, why, stack[-1], "dir" if create and any(names) else create))
+            status = os.fstat(stack[-1])
             if stat.S_ISLNK(status.st_mode):
                 links += 1
                 if links > 40:
                     raise Failure(f"{why}: {path}: a loop of symlinks")
                 if status.st_dev == proc and name not in ("self", "thread-self", "mounts", "net"):
                     raise Failure(f"{why}: {path} leads through a magic link of /proc: refused")
-                text = os.readlink("", dir_fd=fd)
+                text = os.readlink("", dir_fd=stack[-1])
                 keep = 1 if text.startswith("/") else len(stack) - 1
                 while len(stack) > keep:
                     os.close(stack.pop())
@@ -1129,6 +1134,20 @@ def open_in_root(path: str, why: str, create: str = "") -> int:
     finally:
         for fd in stack:
             os.close(fd)
+
+
+def open_component(name: str, why: str, dir_fd: int, create: str) -> int:
+    """Return an O_PATH descriptor for `name` in the directory `dir_fd`, following no link."""
+    try:
+        return open_path(name, why, O_PATH | O_NOFOLLOW, dir_fd)
+    except CallError as error:
+        if error.errno != errno.ENOENT or not create:
+            raise
+    if create == "dir":
+        call("mkdir", name, MODE_755, dir_fd=dir_fd, why=f"{why}: it is missing")
+    else:
+        create_file(name, f"{why}: it is missing", dir_fd)
+    return open_path(name, why, O_PATH | O_NOFOLLOW, dir_fd)
 
 
 def create_file(path: str, why: str, dir_fd: "int | None" = None) -> None:
@@ -1214,7 +1233,7 @@ def mount_overlay(
                 mode = stat.S_IMODE(status.st_mode)
                 if not options.rootless:
                     call("chown", path, status.st_uid, status.st_gid, why="as the one below")
-                call("chmod", path, Flag(oct(mode), mode), why="as the one below")
+                call("chmod", path, Flag(f"0{mode:o}", mode), why="as the one below")
         upper_and_work.append(open_path(path, "for the overlay", O_PATH_DIR | O_NOFOLLOW))
     upper, work = upper_and_work
     data = f"lowerdir={':'.join(map(at, lowers))},upperdir={at(upper)},workdir={at(work)}"
@@ -1260,6 +1279,24 @@ def is_below(path: str, places: "tuple[str, ...]") -> bool:
     return any((path + "/").startswith(place + "/") for place in places)
 
 
+class HostFiles:
+    """What the container takes from the host, as descriptors: opened before anything is covered."""
+
+    def __init__(self, options: Options) -> None:
+        host_network = options.network == "host"
+        rootfs = options.rootfs[::-1] or ["/"]  # overlay wants the topmost first
+        self.lowers = [open_path(path, "a lowerdir of the overlay", O_PATH_DIR) for path in rootfs]
+        self.filesystems = [] if options.rootfs or options.rootless else open_host_mounts()
+        self.devices = [(f"/dev/{name}", open_path(f"/dev/{name}", "for /dev inside")) for name in DEVICES]
+        self.volumes = [(open_path(source, f"--volume {source}"), target, read_only)
+                        for source, target, read_only in options.volume]  # fmt: skip
+        names = filter(exists, ("/etc/resolv.conf", "/etc/hosts") if host_network else ())
+        self.resolver = [(open_path(name, "--network host"), name) for name in names]
+        self.sys = -1
+        if host_network and options.rootless:  # only the owner of a network namespace may mount its sysfs
+            self.sys = open_path("/sys", "the host's, as is the network")
+
+
 def enter_rootfs(options: Options) -> None:
     """Assemble the container's root, make it "/", let go of the host's. See pivot_root(2).
 
@@ -1267,33 +1304,8 @@ def enter_rootfs(options: Options) -> None:
     after the root is entered, where ".." and absolute symlinks cannot lead out. The old root stays
     attached, out of reach of every path, until the last bind from it.
     """
-    host_view = not options.rootfs
-    devices = [(f"/dev/{name}", open_path(f"/dev/{name}", "a device")) for name in DEVICES]
-    volumes = [(open_path(source, f"--volume {source}"), target, read_only)
-               for source, target, read_only in options.volume]  # fmt: skip
-    rootfs = options.rootfs[::-1] or ["/"]  # overlay wants the topmost first
-    lowers = [open_path(path, "a lowerdir of the overlay", O_PATH_DIR) for path in rootfs]
-    host_mounts = open_host_mounts() if host_view and not options.rootless else []
-    host_network = options.network == "host"
-    host_sys = open_path("/sys", "the host's /sys") if host_network and options.rootless else -1
-    names = filter(exists, ("/etc/resolv.conf", "/etc/hosts") if host_network else ())
-    resolver = [(open_path(name, "--network host"), name) for name in names]
-    layer = open_path(options.upperdir, "the --upperdir", O_PATH_DIR) if options.upperdir else -1
-
-    if host_view and options.rootless:
-        why = "the host's root with all that is mounted below: overlay would show what mounts cover"
-        mount("/", SCRATCH, None, MS_BIND | MS_REC, None, why)
-        fd = open_path(SCRATCH, "the new root")
-        mount_setattr(fd, MS_RDONLY | MS_NODEV, "all of it")
-        os.close(fd)
-        log.warning("without root the host's files are read-only inside, but for an own /tmp and /run")
-    else:
-        why = "memory for what is written: it goes with the container"
-        mount("tmpfs", SCRATCH, "tmpfs", TMPFS_FLAGS, "mode=700", why)
-        if layer < 0:
-            layer = open_path(SCRATCH, "the writable layer", O_PATH_DIR)
-        why = f"the new root: {'the host' if host_view else 'the rootfs'} with a writable layer"
-        mount_overlay(lowers, layer, "", SCRATCH, options, why)
+    host = HostFiles(options)
+    layer = mount_new_root(options, host)
     call("chdir", SCRATCH, why="stand in the new root")
     try:
         why = 'the new root is "/", the old one lies on top of it, out of reach of every path'
@@ -1301,18 +1313,17 @@ def enter_rootfs(options: Options) -> None:
     except CallError as error:
         hint = "the root here is an initramfs or a chroot, which pivot_root cannot put aside"
         raise Failure(str(error), hint if error.errno == errno.EINVAL else "") from None
-
     mount_proc()
-    for path, fd in host_mounts:
+    for path, fd in host.filesystems:
         mount_host_filesystem(path, fd, layer, options)
-    mount_dev(options, devices)
-    mount_sys(options, host_sys)
-    if host_view:
+    mount_dev(options, host.devices)
+    mount_sys(options, host.sys)
+    if not options.rootfs:
         mount("tmpfs", at(open_own("/run")), "tmpfs", TMPFS_FLAGS, "mode=755", "the host's has sockets")
         if options.rootless:
             mount("tmpfs", at(open_own("/tmp")), "tmpfs", TMPFS_FLAGS, "mode=1777", "a writable place")
-    mount_options(options, volumes)
-    for fd, name in resolver:
+    mount_options(options, host.volumes)
+    for fd, name in host.resolver:
         bind(fd, name, True, options, f"--network host: {name}")
     call("umount2", ".", MNT_DETACH, why="let go of the old root: nothing of the host is here any more")
     if options.read_only:
@@ -1320,6 +1331,26 @@ def enter_rootfs(options: Options) -> None:
         mount(None, "/", None, flags, None, "--read-only: the root, not what is mounted on it")
     if not options.privileged:
         mask_paths()
+
+
+def mount_new_root(options: Options, host: HostFiles) -> int:
+    """Mount the root-to-be on SCRATCH; return a descriptor of the directory of its writable layer."""
+    if options.rootless and not options.rootfs:
+        why = "the host's root with all that is mounted below: overlay would show what mounts cover"
+        mount("/", SCRATCH, None, MS_BIND | MS_REC, None, why)
+        fd = open_path(SCRATCH, "the new root")
+        mount_setattr(fd, MS_RDONLY | MS_NODEV, "all of it")
+        os.close(fd)
+        log.warning("without root the host's files are read-only inside, but for an own /tmp and /run")
+        return -1
+    layer = open_path(options.upperdir, "the --upperdir", O_PATH_DIR) if options.upperdir else -1
+    why = "memory for what is written: it goes with the container"
+    mount("tmpfs", SCRATCH, "tmpfs", TMPFS_FLAGS, "mode=700", why)
+    if layer < 0:
+        layer = open_path(SCRATCH, "the writable layer", O_PATH_DIR)
+    why = f"the new root: {'the rootfs' if options.rootfs else 'the host'} with a writable layer"
+    mount_overlay(host.lowers, layer, "", SCRATCH, options, why)
+    return layer
 
 
 def mount_host_filesystem(path: str, lower: int, layer: int, options: Options) -> None:
@@ -1679,25 +1710,31 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
         attach_stdio(options, uid)
         enter_workdir(options)
         drop_privileges(options, uid, gid, groups)
-        poll = select.poll()
-        poll.register(pipes.status_write, 0)
-        if poll.poll(0):  # POLLERR: run() is dead, and was before PR_SET_PDEATHSIG could tell
+        if is_orphan(pipes):  # since before PR_SET_PDEATHSIG could have told
             os._exit(EXIT_MYDOCKER)
         restore_signals(caller_mask)
-        env = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, "HOME": home}
-        if options.tty:
-            env["TERM"] = "xterm"
-        env.update(pair for pair in options.env if pair[0])  # nothing else of the caller's
-        execute(argv, env)
+        execute(argv, environment(options, hostname, home))
     except Failure as error:
         failure = error
     except OSError as error:
         failure = Failure(describe(error))
     except BaseException as error:  # a mistake in this file: one line even so, and no container
         failure = Failure(f"internal error: {type(error).__name__}: {error}")
+    tell(failure, pipes.status_write)
+
+
+def is_orphan(pipes: Pipes) -> bool:
+    """Tell whether run() is dead: then the status pipe has no reader, which is POLLERR. See poll(2)."""
+    poll = select.poll()
+    poll.register(pipes.status_write, 0)
+    return bool(poll.poll(0))
+
+
+def tell(failure: Failure, status_write: int) -> None:
+    """Send run() what failed, for it to say and to end with."""
     text = "\0".join((str(failure.status), failure.message, failure.hint))
     try:
-        os.write(pipes.status_write, text.encode(errors="surrogateescape"))
+        os.write(status_write, text.encode(errors="surrogateescape"))
     except BrokenPipeError:
         pass  # run() is dead, and so are we in a moment
     except OSError:
@@ -1727,12 +1764,7 @@ def read_command(fd: int) -> "list[str]":
 
     EOF without a word is a parent that died: nothing to do any more.
     """
-    data = b""
-    while True:
-        chunk = os.read(fd, 1 << 16)
-        data += chunk
-        if not chunk:
-            break
+    data = read_to_end(fd, "the command, as run() sends it")
     os.close(fd)
     if not data:
         os._exit(EXIT_MYDOCKER)
@@ -1745,8 +1777,8 @@ def join_cgroups(cgroups: Cgroups) -> None:
     Late, so that this interpreter is not charged and small limits work; before the command's first
     instruction, so that no child of it can be outside.
     """
-    for fd in cgroups.join_fds:
-        call("write", fd, b"0", why='join: "0" is the one who writes')
+    for path, fd in cgroups.join_files:
+        call("write", fd, b"0", why=f'join, "0" is the one who writes ({path})')
         os.close(fd)
     call("unshare", CLONE_NEWCGROUP, why="the root of a cgroup namespace is the cgroup it is made in")
     mount_cgroup([hierarchy for hierarchy in cgroups.used if hierarchy.directory])
@@ -1789,6 +1821,15 @@ def enter_workdir(options: Options) -> None:
     if not path and not options.rootfs:
         where = options.cwd or "which is deleted,"
         log.warning(f"the current directory {where} is not visible inside: starting in /")
+
+
+def environment(options: Options, hostname: str, home: str) -> "dict[str, str]":
+    """Return the command's environment: these and what --env names, nothing else of the caller's."""
+    env = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, "HOME": home}
+    if options.tty:
+        env["TERM"] = "xterm"
+    env.update(pair for pair in options.env if pair[0])
+    return env
 
 
 def restore_signals(caller_mask: "set[int]") -> None:
@@ -1950,7 +1991,7 @@ class Terminal:
         characters = characters[:]
         characters[termios.VMIN], characters[termios.VTIME] = 1, 0
         mode = [iflag, oflag & ~termios.OPOST, cflag, lflag, ispeed, ospeed, characters]
-        call("tcsetattr", 0, termios.TCSADRAIN, mode, why="the caller's terminal passes on every key")
+        call("tcsetattr", 0, TCSADRAIN, mode, why="the caller's terminal passes on every key")
 
     def resize(self) -> None:
         """Give the container's terminal the size of the caller's; the kernel sends SIGWINCH inside."""
@@ -1982,7 +2023,7 @@ class Terminal:
         why = "put the caller's terminal back"
         try:
             if self.saved:
-                call("tcsetattr", 0, termios.TCSADRAIN, self.saved, why=why)
+                call("tcsetattr", 0, TCSADRAIN, self.saved, why=why)
         except CallError:  # it will not drain; EIO then: the terminal itself is gone
             call("tcsetattr", 0, termios.TCSANOW, self.saved, why=why)
 
