@@ -826,7 +826,8 @@ class Cgroups:
             available = read_file(f"{source}/cgroup.controllers", "which are there").split()
             for limit, _ in hierarchy.rows:
                 if limit.controller not in available and self.is_asked(limit.dest):
-                    raise Unavailable(f"{limit.long}: no {limit.controller} controller in {source}")
+                    text = f"{limit.long}: {source} has no {limit.controller} controller, but: "
+                    raise Unavailable(text + (" ".join(available) or "none"), "as root there may be more")
             hierarchy.rows = [row for row in hierarchy.rows if row[0].controller in available]
             if parent == hierarchy.own and parent != hierarchy.top:
                 self.leave(parent)
@@ -1875,8 +1876,9 @@ def refuse_own_interpreter(path: str) -> None:
 
     Until execve that link of this process is the file that runs mydocker, on the host. Executed with
     the image's own loader it would be the image's code with a hand on that file (CVE-2019-5736).
-    This check is the protection; behind it stands the kernel, with ETXTBSY for whoever would write
-    to a program that runs, which holds as long as run() lives, and the container lives no longer.
+    This check is the protection. Behind it, should a script in a volume be exchanged by somebody
+    outside just after it, stands the kernel: ETXTBSY for whoever would write to a program that runs
+    (tried on Linux 6.1, 6.12 and 6.18), which holds as long as run() lives; no container lives longer.
     """
     own = os.stat("/proc/self/exe")
     for _ in range(6):  # one more than the kernel follows
@@ -2385,14 +2387,8 @@ OPTIONS = (
     Option("--log-format", "text|json", one_of("text", "json"), "how mydocker's own lines look"),
 )  # fmt: skip
 
-USAGE = "usage: mydocker.py run [OPTIONS] COMMAND [ARG...]   (run --help lists the options)"
-
-
-class UsageError(Failure):
-    """The command line is not understood."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, USAGE)
+SEE_HELP = "mydocker.py run --help lists the options"
+USAGE = f"usage: mydocker.py run [OPTIONS] COMMAND [ARG...]   ({SEE_HELP})"
 
 
 def parse(words: "list[str]", options: Options) -> "list[str]":
@@ -2421,7 +2417,7 @@ def parse(words: "list[str]", options: Options) -> "list[str]":
                 break
             take(options, by_name.get(name), name, None, rest)
     if not rest:
-        raise UsageError("run: no command given")
+        raise Failure("run: no command given", SEE_HELP)
     return rest[::-1]
 
 
@@ -2430,20 +2426,20 @@ def take(
 ) -> None:
     """Store one option, with its value from `value` or, when that is None, from the end of `rest`."""
     if not option:
-        raise UsageError(f"run: there is no option {name}")
+        raise Failure(f"run: there is no option {name}", SEE_HELP)
     if not option.metavar:
         if value is not None:
-            raise UsageError(f"run: {name} takes no value")
+            raise Failure(f"run: {name} takes no value")
         setattr(options, option.dest, True)
         return
     if value is None:
         if not rest:
-            raise UsageError(f"run: {name} needs a value: {option.metavar}")
+            raise Failure(f"run: {name} needs a value: {option.metavar}")
         value = rest.pop()
     try:
         parsed = option.parse(value)
     except ValueError as error:
-        raise UsageError(f"run: {name}: {error}") from None
+        raise Failure(f"run: {name}: {error}") from None
     if option.repeat:
         getattr(options, option.dest).append(parsed)
     else:
@@ -2524,7 +2520,7 @@ def main(words: "list[str]") -> int:
         elif command in ("run", "-h", "--help"):
             print_help(command == "run")
         else:
-            raise UsageError(f"there is no command {command}")
+            raise Failure(f"there is no command {command}", SEE_HELP)
         if sys.stdout:  # None when the caller closed it
             sys.stdout.flush()
         return 0

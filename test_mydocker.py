@@ -669,6 +669,45 @@ def test_cpu_shares_become_the_weight_that_runc_and_crun_give_them(program, shar
     assert program.shares_to_weight(shares) == weight
 
 
+def readme_table(*heading):
+    """The rows of the table in README.md with that heading, a list of cells each."""
+    lines = iter((HERE / "README.md").read_text().splitlines())
+    assert any(line == f"| {' | '.join(heading)} |" for line in lines), heading
+    next(lines)
+    rows = [line for line in iter(lambda: next(lines), "")]
+    return [re.split(r" *(?<!\\)\| *", row)[1:-1] for row in rows]
+
+
+def in_backticks(names):
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def test_the_readme_has_every_option_and_no_other(program):
+    rows = readme_table("option", "value", "default", "meaning")
+    assert [row[0] for row in rows] == [in_backticks(option.names) for option in program.OPTIONS]
+    assert [bool(row[1]) for row in rows] == [bool(option.metavar) for option in program.OPTIONS]
+    repeated = [option.repeat for option in program.OPTIONS]
+    assert ["repeatable" in row[1] for row in rows] == repeated
+
+
+def test_the_readme_has_every_limit_with_its_files(program):
+    rows = readme_table("option", "controller", "cgroup v1 file", "cgroup v2 file")
+    assert rows == [
+        [in_backticks(limit.names), limit.controller, *map("`{}`".format, limit.files.values())]
+        for limit in program.LIMITS
+    ]
+
+
+def test_the_readme_names_functions_that_are_there(program):
+    heading = ("mechanism", "what it stops", "kernel interface", "function", "manual page", "chapter")
+    functions = [name for row in readme_table(*heading) for name in re.findall(r"`(.*?)`", row[3])]
+    assert len(functions) > 20
+    for name in functions:
+        owner = program
+        for part in name.split("."):
+            owner = getattr(owner, part)
+
+
 def test_options_end_at_the_first_word_that_is_none(busybox):
     words = ["-m", "5m", "--help", "-v", "--", "-cpuset", "-c"]
     assert busybox.out("echo", *words) == " ".join(words) + "\n"
@@ -1227,7 +1266,7 @@ def test_nsenter_enters_by_the_pidfile(busybox):
     words = ("--hostname", "entered", *IDLE)
     with busybox.start(*words) as container:
         container.line()
-        command = ["nsenter", "-t", str(container.pid1), "-a", "hostname"]
+        command = ["nsenter", "-t", str(container.pid1), "-a", "/bin/hostname"]
         assert subprocess.check_output(command, cwd="/") == b"entered\n"
 
 
