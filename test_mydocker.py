@@ -2865,8 +2865,12 @@ def test_the_writable_layer_is_bounded_by_default(busybox):
 @user_only
 @pytest.mark.parametrize(
     "limit, file, value",
-    [(("-m", "50m"), "memory.max", "52428800"), (("--pids-limit", "9"), "pids.max", "9")],
-    ids=["memory", "pids"],
+    [
+        (("-m", "50m"), "memory.max", "52428800"),
+        (("--pids-limit", "9"), "pids.max", "9"),
+        (("--cpus", "0.5"), "cpu.max", "50000 100000"),
+    ],
+    ids=["memory", "pids", "cpu"],
 )
 def test_a_delegated_cgroup_gives_an_ordinary_user_limits(busybox, limit, file, value):
     scope = ["systemd-run", "--user", "--scope", "--quiet", "-p", "Delegate=yes"]
