@@ -169,7 +169,8 @@ class CallError(OSError):
         return f"{self.why}: {self.shown}: {self.strerror}"
 
 
-TELLERS = "step warning failure call mount open_path read_file write_file".split()  # for somebody else
+# These speak for whoever called them: it is that line which "source" of the JSON log names
+TELLERS = "step warning failure call mount open_path read_file read_to_end write_file".split()
 
 
 class Log:
@@ -741,14 +742,6 @@ def find_hierarchies() -> "dict[str, Hierarchy]":
     return found
 
 
-def inode(path: str) -> int:
-    """Return the number of what is at `path`, 0 for nothing: a cgroup made anew has another."""
-    try:
-        return os.stat(path).st_ino
-    except OSError:
-        return 0
-
-
 def start_time(pid: "int | str") -> str:
     """Return when process `pid` started, in ticks since boot. See proc_pid_stat(5)."""
     return read_file(f"/proc/{pid}/stat", "when did it start").rpartition(")")[2].split()[19]
@@ -808,9 +801,9 @@ class Cgroups:
             self.join_files.append((path, fd))
 
     def hurry_join(self) -> None:
-        """Move run() on v2 to where it is already: it is the first to move that waits for the kernel's RCU.
+        """Move run(), on v2, to where it is already: the first to move waits 5 to 20 ms for the kernel.
 
-        5 to 20 ms, during which init has its mounts to make; init's own move then goes through at once.
+        For its RCU; meanwhile init makes its mounts, and then its own move goes through at once.
         """
         for hierarchy in self.used:
             if hierarchy.directory and hierarchy.version == 2:
@@ -838,33 +831,39 @@ class Cgroups:
             if parent == hierarchy.own and parent != hierarchy.top:
                 self.leave(parent)
         controllers = {limit.controller for limit, _ in hierarchy.rows}
-        shared = hierarchy.shared = f"{parent}/mydocker"
+        hierarchy.shared = f"{parent}/mydocker"
         self.used.append(hierarchy)
         while not hierarchy.directory:
-            try:
-                if not os.path.isdir(shared):
-                    call("mkdir", shared, MODE_755, why="the cgroup above all containers")
-            except CallError as error:
-                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise Unavailable(str(error)) from None
-                if error.errno != errno.EEXIST:  # which says that another run was faster
-                    raise
-            before = inode(shared)
-            try:
-                if hierarchy.version == 2:
-                    hand_down(controllers, hierarchy.top, shared)
-                elif "cpuset" in controllers:
-                    inherit_cpuset(shared)
-                call("mkdir", f"{shared}/{self.name}", MODE_755, why="the container's own cgroup")
-                hierarchy.directory = f"{shared}/{self.name}"
-            except CallError as error:  # ENOENT, ENODEV: another run ended and took `shared` along
-                if error.errno not in (errno.ENOENT, errno.ENODEV) or inode(shared) == before != 0:
-                    raise  # it is still the same, so that was not the reason
-        self.check_neighbours(shared)
-        if "cpuset" in controllers and hierarchy.version == 1:
+            self.make_directory(hierarchy)
+        if hierarchy.version == 2:
+            hand_down(controllers, hierarchy.top, hierarchy.shared)
+        elif "cpuset" in controllers:
+            inherit_cpuset(hierarchy.shared)
             inherit_cpuset(hierarchy.directory)
+        self.check_neighbours(hierarchy.shared)
         for limit, value in hierarchy.rows:
             self.set_limit(limit, value, hierarchy)
+
+    def make_directory(self, hierarchy: Hierarchy) -> None:
+        """Make the shared cgroup and our own in it, before anything else: that keeps it there.
+
+        Or come back without our own, when another run has ended in between and taken the shared along.
+        """
+        try:
+            if not os.path.isdir(hierarchy.shared):
+                call("mkdir", hierarchy.shared, MODE_755, why="the cgroup above all containers")
+        except CallError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise Unavailable(str(error)) from None
+            if error.errno != errno.EEXIST:  # which says that another run was faster
+                raise
+        try:
+            own = f"{hierarchy.shared}/{self.name}"
+            call("mkdir", own, MODE_755, why="the container's own cgroup")
+            hierarchy.directory = own
+        except CallError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
 
     def find_parent(self, hierarchy: Hierarchy) -> str:
         """Return the cgroup below which ours goes. Raises Unavailable when none is ours to use."""

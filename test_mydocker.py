@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -3499,6 +3500,31 @@ def test_of_runs_that_begin_at_once_with_one_name_at_most_one_has_it(busybox):
     refused = [result for result in results if result.status]
     assert len(refused) >= 3
     assert {"in use" in refusal(result) for result in refused} == {True}
+
+
+@root_only
+def test_a_shared_cgroup_that_comes_and_goes_is_made_as_often_as_it_takes(busybox):
+    """Every run that ends removes it when it is empty, and every run that begins needs it."""
+    need(version("memory"), "the cgroup controller memory")
+    with busybox.start("-m", "50m", *IDLE) as container:
+        container.line()
+        shared = cgroup_of(container.pid1, "memory").parent
+    over = threading.Event()
+
+    def come_and_go():
+        while not over.is_set():
+            for step in shared.mkdir, shared.rmdir:
+                with contextlib.suppress(OSError):
+                    step()
+
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(come_and_go)
+        results = [busybox("-m", "50m", "true") for _ in range(20)]
+        over.set()
+        others.result()
+    with contextlib.suppress(OSError):
+        shared.rmdir()
+    assert set(results) == {Result(0, "", "")}
 
 
 @root_only
