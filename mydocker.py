@@ -387,7 +387,8 @@ def read_mountinfo() -> "list[tuple[int, int, str, str, str, str, str]]":
     See proc_pid_mountinfo(5).
     """
     rows = []
-    for line in read_file("/proc/self/mountinfo", "read the table of mounts").splitlines():
+    table = read_file("/proc/self/mountinfo", "read the table of mounts")
+    for line in table.rstrip("\n").split("\n"):  # splitlines() would split at more, which may be in a name
         left, _, right = line.partition(" - ")
         mount_id, parent, _, root, point, options = left.split(" ")[:6]
         for escaped, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
@@ -676,8 +677,8 @@ LIMITS = (
           "CPU weight against others, 1024 = normal", "cpu", "cpu.shares", "cpu.weight",
           lambda o: o.cpu_shares, lambda o: o.cpu_shares and shares_to_weight(o.cpu_shares)),
     Limit("--cpus", "N", parse_cpus, "at most this many CPUs' worth of time, such as 0.5",
-          "cpu", "cpu.cfs_quota_us", "cpu.max", lambda o: o.cpus and int(o.cpus * CPU_PERIOD),
-          lambda o: o.cpus and f"{int(o.cpus * CPU_PERIOD)} {CPU_PERIOD}"),
+          "cpu", "cpu.cfs_quota_us", "cpu.max", lambda o: o.cpus and round(o.cpus * CPU_PERIOD),
+          lambda o: o.cpus and f"{round(o.cpus * CPU_PERIOD)} {CPU_PERIOD}"),
     Limit("--cpuset-cpus --cpuset", "LIST", parse_list, "run on these CPUs only, such as 0-1,3",
           "cpuset", "cpuset.cpus", "cpuset.cpus", lambda o: o.cpuset_cpus),
     Limit("--cpuset-mems", "LIST", parse_list, "use memory of these NUMA nodes only",
@@ -720,7 +721,7 @@ def find_hierarchies() -> "dict[str, Hierarchy]":
     9 ms to read where 5000 filesystems are mounted.
     """
     found: "dict[str, Hierarchy]" = {}
-    for line in read_file("/proc/self/cgroup", "find the cgroups we are in").splitlines():
+    for line in read_file("/proc/self/cgroup", "find the cgroups we are in").rstrip("\n").split("\n"):
         _, controllers, path = line.split(":", 2)
         if controllers.startswith("name=") or path.startswith("/.."):
             continue
@@ -932,7 +933,7 @@ class Cgroups:
             return  # the swap limit that --memory implies, where swap is not accounted for
         back = read_file(path, "read it back").strip()
         same = value == back
-        if limit.controller == "memory" and back.isdecimal():
+        if limit.metavar == "SIZE" and back.isdecimal():
             page = os.sysconf("SC_PAGE_SIZE")  # memory is counted in whole pages
             same = int(value) // page == int(back) // page if value != "-1" else int(back) > 1 << 62
         elif limit.controller == "cpuset":
@@ -1142,6 +1143,22 @@ def open_in_root(path: str, why: str, create: str = "") -> int:
             os.close(fd)
 
 
+def open_target(path: str, create: str, options: Options, why: str) -> int:
+    """Return a descriptor, as open_in_root() does, for a place that may be mounted on.
+
+    The root may not: there the old one lies, on top of which the mount would go, to be detached in
+    its place. Nor may /proc, where what we read must come from the kernel, nor the directories of
+    the devices, through which run() opens our terminal.
+    """
+    fd = open_in_root(path, why, create)
+    status = os.fstat(fd)
+    ours = ("/",) if options.privileged else ("/", "/dev", "/dev/pts")
+    if status.st_dev == os.stat("/proc").st_dev or any(os.path.samestat(status, os.stat(p)) for p in ours):
+        os.close(fd)
+        raise Failure(f"{why}: {path} in the container is the root, /dev or in /proc: refused")
+    return fd
+
+
 def open_component(name: str, why: str, dir_fd: int, create: str) -> int:
     """Return an O_PATH descriptor for `name` in the directory `dir_fd`, following no link."""
     try:
@@ -1206,7 +1223,12 @@ def remount_each(fd: int, flags: Flag, why: str) -> None:
     for number, parent, _, point, options, _, _ in read_mountinfo():
         if number in below or parent in below:
             below.add(number)
-            place = open_path(point, why)
+            try:
+                place = open_path(point, why)
+            except CallError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+                    raise
+                continue  # covered, or beyond a directory that neither we nor the container may enter
             if mount_id(place) == number:  # else it is covered by another, where nobody can reach it
                 kept = {words[word] for word in options.split(",") if word in words}
                 if kept.isdisjoint((MS_NOATIME, MS_RELATIME)):
@@ -1273,9 +1295,12 @@ def open_host_mounts() -> "list[tuple[str, int]]":
     found = []
     for point in sorted(points):
         try:
-            found.append((point, open_path(point, "a filesystem of the host")))
-        except CallError as error:  # it may be covered by another mount, or not ours to see
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+            fd = open_path(point, "a filesystem of the host")
+            os.stat(at(fd))
+            found.append((point, fd))
+        except OSError as error:  # covered by another mount, not ours to see (FUSE), or dead: not shown
+            unseen = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO)
+            if error.errno not in unseen:
                 raise
     return found
 
@@ -1307,14 +1332,14 @@ def enter_rootfs(options: Options) -> None:
     """Assemble the container's root, make it "/", let go of the host's. See pivot_root(2).
 
     What is needed of the host is opened before anything is covered; everything inside is made only
-    after the root is entered, where ".." and absolute symlinks cannot lead out. The old root stays
-    attached, out of reach of every path, until the last bind from it.
+    after the root is entered, where absolute symlinks cannot lead out. The old root stays attached
+    until the last bind from it, on top of the new one: "/" leads below it, "/.." would lead to it.
     """
     host = HostFiles(options)
     layer = mount_new_root(options, host)
     call("chdir", SCRATCH, why="stand in the new root")
     try:
-        why = 'the new root is "/", the old one lies on top of it, out of reach of every path'
+        why = 'the new root is "/"; the old one lies on top of it, where only "/.." would lead'
         call("pivot_root", ".", ".", why=why)
     except CallError as error:
         hint = "the root here is an initramfs or a chroot, which pivot_root cannot put aside"
@@ -1332,6 +1357,8 @@ def enter_rootfs(options: Options) -> None:
     for fd, name in host.resolver:
         bind(fd, name, True, options, f"--network host: {name}")
     call("umount2", ".", MNT_DETACH, why="let go of the old root: nothing of the host is here any more")
+    if not os.path.samestat(os.stat("/.."), os.stat("/")):
+        raise Failure("the old root is still there")
     if options.read_only:
         flags = MS_REMOUNT | MS_BIND | MS_RDONLY | nodev(options)
         mount(None, "/", None, flags, None, "--read-only: the root, not what is mounted on it")
@@ -1380,7 +1407,7 @@ def mount_options(options: Options, volumes: "list[tuple[int, str, bool]]") -> N
     steps += [(target, fd, read_only, 0, "") for fd, target, read_only in volumes]
     for target, source, read_only, flags, data in sorted(steps, key=lambda step: step[0].count("/")):
         if source < 0:
-            fd = open_in_root(target, f"--tmpfs {target}", "dir")
+            fd = open_target(target, "dir", options, f"--tmpfs {target}")
             mount("tmpfs", at(fd), "tmpfs", flags | nodev(options), data, f"--tmpfs {target}")
             os.close(fd)
         else:
@@ -1389,13 +1416,15 @@ def mount_options(options: Options, volumes: "list[tuple[int, str, bool]]") -> N
 
 def bind(source: int, target: str, read_only: bool, options: Options, why: str) -> None:
     """Show what is behind `source` at `target` inside, made in the writable layer if missing."""
-    kind = "dir" if stat.S_ISDIR(os.stat(at(source)).st_mode) else "file"
-    fd = open_in_root(target, why, kind)
+    status = os.stat(at(source))
+    fd = open_target(target, "dir" if stat.S_ISDIR(status.st_mode) else "file", options, why)
     mount(at(source), at(fd), None, MS_BIND | MS_REC, None, why)
     os.close(fd)
     flags = nodev(options) | (MS_RDONLY if read_only else NO_FLAGS)
     if flags:
         fd = open_in_root(target, why)  # anew: the first descriptor is of what is covered now
+        if not os.path.samestat(status, os.fstat(fd)):  # in a volume that others write to as well
+            raise Failure(f"{why}: {target} was exchanged meanwhile: refused")
         mount_setattr(fd, flags, why)
         os.close(fd)
 
@@ -1610,7 +1639,7 @@ def read_inside(path: str) -> "list[list[str]]":
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):  # to open a FIFO would be to wait for its writer
             raise Failure(f"{path} in the container is not a regular file")
-        return [line.split(":") for line in read_file(at(fd), "look up the user").splitlines()]
+        return [line.split(":") for line in read_file(at(fd), "look up the user").split("\n")]
     finally:
         os.close(fd)
 
@@ -1680,6 +1709,7 @@ class Pipes:
         self.command_read, self.command_write = call("pipe2", O_CLOEXEC, why=why)
         why = "carries a failure of init back; a successful execve closes it"
         self.status_read, self.status_write = call("pipe2", O_CLOEXEC, why=why)
+        self.own_reader = -1  # of the status pipe, in init_by_hand(): there is no run()
 
 
 def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int]") -> None:
@@ -1692,7 +1722,6 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
         call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, why="die with the parent, whatever kills it")
         os.close(pipes.command_write)  # or the read of the command would never see EOF
         os.close(pipes.status_read)
-        close_inherited()
         os.umask(0o022)
         call("setsid", why="a session of its own, without the caller's terminal")
         flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC
@@ -1715,6 +1744,7 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
         uid, gid, groups, home = find_user(options)
         attach_stdio(options, uid)
         enter_workdir(options)
+        close_all((pipes.status_write, pipes.own_reader, log.fd))
         drop_privileges(options, uid, gid, groups)
         if is_orphan(pipes):  # since before PR_SET_PDEATHSIG could have told
             os._exit(EXIT_MYDOCKER)
@@ -1727,6 +1757,12 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
     except BaseException as error:  # a mistake in this file: one line even so, and no container
         failure = Failure(f"internal error: {type(error).__name__}: {error}")
     tell(failure, pipes.status_write)
+
+
+def told_failure(data: bytes) -> Failure:
+    """Return the failure that tell() sent."""
+    status, message, hint = data.decode(errors="surrogateescape").split("\0")
+    return Failure(message, hint, int(status))
 
 
 def is_orphan(pipes: Pipes) -> bool:
@@ -1747,11 +1783,16 @@ def tell(failure: Failure, status_write: int) -> None:
         log.failure(failure)  # better by ourselves than not at all
 
 
-def close_inherited() -> None:
-    """Close what the caller left open. All of ours is close-on-exec: what is not was inherited."""
+def close_all(kept: "tuple[int, ...]") -> None:
+    """Close what the caller left open and what init opened, but for 0 to 2 and `kept`.
+
+    Close-on-exec would be too late for init's own: while the kernel looks for the command, for what
+    its #! names and for its loader, a symlink to /proc/self/fd/N of a directory of the host still
+    leads out (CVE-2024-21626). Now, because a process that changes its user may not list them.
+    """
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
-            if fd > 2 and os.get_inheritable(fd):
+            if fd > 2 and fd not in kept:
                 os.close(fd)
         except OSError:
             pass  # the one by which listdir read
@@ -1889,8 +1930,12 @@ def refuse_own_interpreter(path: str) -> None:
     for _ in range(6):  # one more than the kernel follows
         status = os.stat(path)
         if (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino):
-            fds = [open_path(place, "is it the host's Python") for place in (path, "/proc/self/exe")]
-            if mount_id(fds[0]) == mount_id(fds[1]):  # and not the same file by a mount of our own
+            mounts = set()
+            for place in (path, "/proc/self/exe"):
+                fd = open_path(place, "is it the host's Python")
+                mounts.add(mount_id(fd))
+                os.close(fd)
+            if len(mounts) == 1:  # and not the same file by a mount of our own
                 raise Failure(f"{path}: leads to the program that runs mydocker: refused",
                               status=EXIT_NOT_EXECUTABLE)  # fmt: skip
         if not stat.S_ISREG(status.st_mode) or not os.access(path, os.R_OK):
@@ -2050,6 +2095,7 @@ def watch_signals() -> "tuple[set[int], int]":
     """
     watched = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
     watched += [signal.SIGCHLD, signal.SIGWINCH]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some callers have it, nobody would tell
     caller_mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")
     fd = call("signalfd", -1, sigset, O_CLOEXEC, why="signals as something to poll for")
@@ -2202,11 +2248,13 @@ class Container:
 
     def end(self) -> None:
         """Leave no process and no changed terminal behind, also when run() fails half-way."""
-        if self.terminal:
-            self.terminal.restore()
-        if self.wstatus is None:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        try:
+            if self.wstatus is None:
+                call("kill", self.pid, SIGKILL, why="run() has failed: no container without it")
+                call("waitpid", self.pid, NO_FLAGS, why="until it is gone")
+        finally:
+            if self.terminal:
+                self.terminal.restore()
 
 
 def poll(interests: "dict[int, int]", deadline: "float | None") -> "dict[int, int]":
@@ -2215,8 +2263,10 @@ def poll(interests: "dict[int, int]", deadline: "float | None") -> "dict[int, in
     for fd, events in interests.items():
         if events:
             waiter.register(fd, events)
-    timeout = None if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
-    return dict(waiter.poll(timeout))
+    if deadline is None:
+        return dict(waiter.poll())
+    milliseconds = int((deadline - time.monotonic()) * 1000) + 1
+    return dict(waiter.poll(min(max(0, milliseconds), (1 << 31) - 1)))  # poll(2) takes an int
 
 
 def enter_user_namespace() -> None:
@@ -2278,7 +2328,7 @@ def lock_upperdir(path: str) -> None:
     """Make DIR of --upperdir and lock it until this process ends: one container at a time."""
     why = f"--upperdir {path}"
     if not os.path.isdir(path):
-        call("makedirs", path, MODE_755, why=why)
+        call("makedirs", path, MODE_700, why=why)  # a setuid program in it is nothing for the host's users
     fd = call("open", path, O_RDONLY, why=why)
     try:
         call("flock", fd, LOCK_EX_NB, why=why)
@@ -2288,13 +2338,17 @@ def lock_upperdir(path: str) -> None:
         raise Failure(f"--upperdir {path}: another container is using it") from None
 
 
-def write_pidfile(path: str, pid: int) -> None:
-    """Write the host's pid of PID 1: nsenter -t $(cat FILE) -a enters the container."""
+def write_pidfile(path: str, pid: int) -> str:
+    """Write the host's pid of PID 1: nsenter -t $(cat FILE) -a enters the container. Return `path`."""
     fd = call("open", path, O_REPLACE | O_NOFOLLOW, MODE_644, why=f"--pidfile {path}")
     try:
         call("write", fd, b"%d\n" % pid, why=f"--pidfile {path}")
+    except CallError:  # a full disk
+        remove_pidfile(path)
+        raise
     finally:
         os.close(fd)
+    return path
 
 
 def remove_pidfile(path: str) -> None:
@@ -2335,8 +2389,7 @@ def run(options: Options, argv: "list[str]") -> int:
         os.close(pipes.status_write)  # the other end reads EOF when init's copy is closed, too
         container = Container(options, argv, pid, pipes, signal_fd)
         if options.pidfile:
-            write_pidfile(options.pidfile, pid)
-            pidfile = options.pidfile
+            pidfile = write_pidfile(options.pidfile, pid)
         cgroups.hurry_join()
         wstatus = container.supervise()
     finally:  # whatever fails in here is a warning: the status is the command's
@@ -2347,8 +2400,7 @@ def run(options: Options, argv: "list[str]") -> int:
             tolerate(remove_pidfile, pidfile)
         tolerate(cgroups.remove)
     if container.told:
-        status, message, hint = container.told.decode(errors="surrogateescape").split("\0")
-        raise Failure(message, hint, int(status))
+        raise told_failure(container.told)
     if not container.started:
         return EXIT_SIGNAL + (container.stopped_by or signal.SIGKILL)
     if os.WIFSIGNALED(wstatus):
@@ -2494,7 +2546,9 @@ def init_by_hand(words: "list[str]") -> None:
         raise Failure("init: its argument is the descriptor of a pipe", "mydocker.py run makes it")
     options, pipes = Options(), Pipes()
     options.cwd, pipes.command_read = os.getcwd(), os.dup(fd)
+    pipes.own_reader = os.dup(pipes.status_read)
     init(options, Cgroups(options), pipes, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    raise told_failure(os.read(pipes.own_reader, 1 << 16))
 
 
 def main(words: "list[str]") -> int:
@@ -2537,6 +2591,9 @@ def main(words: "list[str]") -> int:
         return EXIT_MYDOCKER
     except KeyboardInterrupt:
         return EXIT_SIGNAL + int(signal.SIGINT)
+    except Exception as error:  # a mistake in this file
+        log.failure(Failure(f"internal error: {type(error).__name__}: {error}"))
+        return EXIT_MYDOCKER
 
 
 def main_after_script(*_: object) -> None:

@@ -337,6 +337,11 @@ def processes_in(pid_namespace):
     return found
 
 
+def signal_pending(pid, number):
+    """Whether a signal still waits to be taken by a process."""
+    return int(status_field(read(f"/proc/{pid}/status"), "ShdPnd"), 16) >> number - 1 & 1
+
+
 def cpu_seconds(pid):
     fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -962,6 +967,12 @@ def test_an_upperdir_that_is_deleted_is_forgotten(busybox):
     assert busybox("--upperdir", layer, "cat", "/file").status == 1
 
 
+def test_an_upperdir_is_for_nobody_but_its_owner(busybox):
+    """CVE-2021-41091: a setuid program made inside is a file of the host, too."""
+    busybox.out("--upperdir", busybox.dir / "layer", "true")
+    assert stat.S_IMODE((busybox.dir / "layer").stat().st_mode) == 0o700
+
+
 def test_an_upperdir_serves_one_container_at_a_time(busybox):
     layer = busybox.dir / "layer"
     words = ("--upperdir", layer, *IDLE)
@@ -1010,6 +1021,16 @@ def test_other_filesystems_below_the_root_are_copied_on_write_too(mydocker):
         assert (other / "file").read_text() == "the host's"
     finally:
         subprocess.run(["umount", str(other)], check=True)
+
+
+@root_only
+@pytest.mark.parametrize("name", ["a b", "a\fb", "a\u2028b", "a\\b", "a\nb", "a\x1cb"])
+def test_a_filesystem_may_be_mounted_anywhere(mydocker, name):
+    directory = mydocker.path(name)
+    script = 'mount -t tmpfs tmpfs "$1" && echo here >"$1/file" && shift && exec "$@"'
+    words = mydocker.words("run", "cat", directory / "file")
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", str(directory), *words]
+    assert ended(mydocker.popen(command)) == Result(0, "here\n", "")
 
 
 def test_the_hosts_sockets_in_run_are_not_visible(mydocker):
@@ -1216,6 +1237,12 @@ def staff(account):
 def test_user_and_groups_come_from_the_containers_own_files(staff, user, seen):
     script = "echo $(id -u) $(id -g) $(id -G | tr ' ' '\\n' | sort -n | uniq) $HOME"
     assert staff.out("-u", user, *SH, script) == seen + "\n"
+
+
+@root_only
+def test_a_line_of_passwd_ends_at_a_newline_and_nowhere_else(busybox):
+    busybox.path("layer/etc").joinpath("passwd").write_text("ann:x:5:5:\feve:x:0:0::/:/bin/sh\n")
+    refusal(busybox("--rootfs", busybox.dir / "layer", "-u", "eve", "id"))
 
 
 @pytest.mark.parametrize("user", ["bob", "ann:nogroup", "bob:users", ":", "-1"])
@@ -1987,6 +2014,16 @@ def test_a_relative_command_starts_from_the_workdir(busybox):
     assert busybox.out(*words) == "ran\n"
 
 
+def test_a_caller_that_ignores_the_end_of_its_children_gets_the_status(busybox):
+    """As a Perl script with $SIG{CHLD} = 'IGNORE' does: the kernel then tells no parent."""
+
+    def become():
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        busybox.become()
+
+    assert busybox(*SH, "exit 5", preexec_fn=become).status == 5
+
+
 def test_no_signal_is_ignored_or_blocked_by_inheritance(busybox):
     out = busybox.out("cat", "/proc/self/status")
     assert {status_field(out, name) for name in ("SigIgn", "SigBlk")} == {"0" * 16}
@@ -2061,6 +2098,17 @@ def test_a_second_request_kills_at_once(busybox, name):
         result = container.end()
     assert result.status == 137
     assert re.fullmatch(f"mydocker: .*SIG{name}.*killed.*\n", result.err)
+
+
+def test_the_timeout_may_be_longer_than_the_kernel_can_wait(busybox):
+    with busybox.start("--stop-timeout", "99999999", *IDLE) as container:
+        container.line()
+        container.send(signal.SIGTERM)
+        wait_until(lambda: not signal_pending(container.process.pid, signal.SIGTERM), "the signal")
+        container.send(signal.SIGTERM)
+        result = container.end()
+    assert result.status == 137
+    assert result.err == "mydocker: SIGTERM, the second signal: killed\n"
 
 
 def test_a_command_that_ends_on_request_is_not_killed(busybox):
@@ -2251,6 +2299,20 @@ def test_init_by_hand_refuses_and_changes_nothing(account, around, words):
     result = ended(account.popen(command, stdin=subprocess.PIPE), b"/bin/true\0")
     assert "init" in refusal(result)
     assert read("/proc/self/mountinfo") == before
+
+
+@root_only
+@pytest.mark.parametrize(
+    "data, status, out",
+    [(b"sh\0-c\0echo $$; exit 5\0", 5, "1\n"), (b"no-such-command\0", 127, ""), (b"", 125, "")],
+    ids=["command", "no such command", "nothing"],
+)
+def test_init_where_it_is_safe_becomes_the_command_of_the_pipe(account, data, status, out):
+    around = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"]
+    command = [*around, *account.words("init", "0")]
+    result = ended(account.popen(command, stdin=subprocess.PIPE), data)
+    assert (result.status, result.out) == (status, out)
+    assert len(result.err.splitlines()) == (1 if status == 127 else 0)
 
 
 # ---- Isolation -----------------------------------------------------------------------
@@ -2860,6 +2922,38 @@ def test_a_symlink_in_the_place_of_a_kernel_filesystem_is_refused(account, overl
     (layer / place).symlink_to("/tmp")
     said = refusal(account("--rootfs", layer, "/bin/true"))
     assert f"/{place}" in said and "link" in said
+
+
+@pytest.mark.parametrize("options", [(), ("-t",), ("-u", "nobody")], ids=" ".join)
+def test_no_directory_that_init_opens_is_a_way_out_for_the_command(busybox, options):
+    """CVE-2024-21626: the kernel looks for the command before it closes what is close-on-exec."""
+    need(busybox.uid == 0 or "-u" not in options, "more than one user")
+    outside, layer = busybox.dir / "outside", busybox.path("layer")
+    shutil.copy(str(busybox.rootfs / "bin/busybox"), str(outside))
+    for number in range(3, 40):
+        (layer / str(number)).mkdir()
+        (layer / str(number) / "echo").symlink_to(f"/proc/self/fd/{number}/../outside")
+    options = (*options, "--rootfs", layer, "-v", f"{busybox.path('volume')}:/volume")
+    results = [busybox(*options, f"/{number}/echo", "outside") for number in range(3, 40)]
+    assert [r for r in results if r.status not in (126, 127) or "outside\n" in r.out] == []
+
+
+def test_there_is_nothing_above_the_root(busybox):
+    script = "stat -c %d:%i / /.. /../.. | uniq | wc -l; ls /.. | grep -c old_root"
+    assert busybox(*SH, script).out.split() == ["1", "0"]
+
+
+@pytest.mark.parametrize("kind", ["volume", "tmpfs"])
+@pytest.mark.parametrize("target", ["/link", "/x/../link", "/x/.."])
+@pytest.mark.parametrize("text", ["/", "/proc", "/proc/self", "/dev", "dev/pts"])
+def test_what_mydocker_relies_on_cannot_be_mounted_over(busybox, kind, target, text):
+    """On the root it would be detached in place of the host's, which "/.." would then lead to."""
+    layer = busybox.path("layer")
+    (layer / "x").mkdir()
+    (layer / "link").symlink_to(text)
+    option = ("--tmpfs", target) if kind == "tmpfs" else ("-v", f"{busybox.path('volume')}:{target}")
+    said = refusal(busybox("--rootfs", layer, *option, "ls", "/.."))
+    assert f"--{kind}" in said and "refused" in said
 
 
 def test_a_volume_cannot_be_led_out_by_a_link_in_another_volume(busybox):
