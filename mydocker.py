@@ -22,9 +22,9 @@ and seccomp what it may ask for. Two functions put one together, joined by two p
     | <------------ EOF of the status pipe ---- execve: the command is PID 1
     wait, report, Cgroups.remove()
 
-Read from the top, where every section uses only what stands above it, or start with run() and
-init(), which are tables of contents. Whatever changes something goes through call(), and that is
-what `run --explain` prints.
+Read from the top, where a section builds on those above it, or start with run() and init(), which
+are tables of contents. Whatever changes the system goes through call(), and that is what
+`run --explain` prints; only what tidies up this process (close, umask, signal masks) does not.
 
 The defaults are as tight as Docker's, but the kernel is shared: who breaks the kernel is out.
 See namespaces(7), pivot_root(2), cgroups(7), capabilities(7), seccomp(2); in the kernel's own
@@ -174,9 +174,11 @@ TELLERS = "step warning failure call mount open_path read_file read_to_end write
 
 
 class Log:
-    """All that mydocker says, on stderr: stdout is the command's. The only state of this file."""
+    """All that mydocker says, on stderr: stdout is the command's. The only global that changes."""
 
-    fd, json, explain, side = 2, False, False, "run"
+    fd = 2
+    json = explain = False
+    side = "run"  # or "init": which of the two processes speaks
 
     def set_up(self, options: "Options") -> None:
         """Take --log-format and --explain from the options."""
@@ -184,14 +186,15 @@ class Log:
         if options.explain:  # to go on here when init's stderr has become the container's terminal
             self.fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)
 
-    def line(self, level: str, message: str) -> None:
+    def line(self, level: str, message: str, line_number: int = 0) -> None:
         """Write one line, in JSON with the line of this file that had the thing done."""
         text = message.replace("\n", "\\n")
         if self.json:
             frame = sys._getframe(1)
             while frame.f_back and frame.f_code.co_name in TELLERS:
                 frame = frame.f_back
-            source, now = f"mydocker.py:{frame.f_lineno}", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            source = f"mydocker.py:{line_number or frame.f_lineno}"
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             pairs = {"level": level, "msg": message, "source": source, "time": now}
             text = ",".join(f'"{key}":{json_string(value)}' for key, value in pairs.items())
             text = "{" + text + "}"
@@ -210,10 +213,13 @@ class Log:
         self.line("warning", f"mydocker: {message}")
 
     def failure(self, failure: Failure) -> None:
-        """Say why a run has ended, and the remedy if there is one."""
-        self.line("error", f"mydocker: {failure.message}")
+        """Say why a run has ended, and the remedy if there is one; the line is where it was raised."""
+        number, trace = 0, failure.__traceback__
+        while trace:
+            number, trace = trace.tb_lineno, trace.tb_next
+        self.line("error", f"mydocker: {failure.message}", number)
         if failure.hint:
-            self.line("error", f"  hint: {failure.hint}")
+            self.line("error", f"  hint: {failure.hint}", number)
 
 
 def json_string(text: str) -> str:
@@ -266,7 +272,8 @@ def _bind(name: str):  # type: ignore[no-untyped-def]
     if name not in _PROTOTYPES:
         return getattr(_MODULES.get(name, os), name)
     number = [_NUMBERS[name][MACHINES[os.uname().machine][0]]] if name in _NUMBERS else []
-    function = _libc["syscall" if number else name]  # by [], which gives one of its own to each
+    # not by getattr, which gives the same function twice: two raw calls would share one prototype
+    function = _libc["syscall" if number else name]
     function.argtypes = [getattr(ctypes, _TYPES[letter]) for letter in _PROTOTYPES[name]]
 
     def invoke(*args):  # type: ignore[no-untyped-def]
@@ -347,7 +354,7 @@ def open_path(path: str, why: str, flags: int = O_PATH, dir_fd: "int | None" = N
 
 
 def at(fd: int) -> str:
-    """Return a path to what is behind `fd`, with no colon, comma or symlink for anybody to follow."""
+    """Return a path to what is behind `fd`: nothing for overlay to take for an option, no link to follow."""
     return f"/proc/self/fd/{fd}"
 
 
@@ -431,6 +438,13 @@ class Options:
         self.rootless = os.geteuid() != 0
         self.cwd = ""  # the caller's directory; "" when it has been deleted
 
+
+# <linux/capability.h>: the place in the list is the number
+CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP
+    LINUX_IMMUTABLE NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE
+    SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME
+    SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG
+    WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split()
 
 # Each parse_ function below turns the text of a value into the value; it raises ValueError.
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -572,11 +586,13 @@ def parse_tmpfs(text: str) -> "tuple[str, int, str]":
 
 
 def parse_env(text: str) -> "tuple[str, str]":
-    """Return (name, value) of K=V, or of K with the caller's value; ("", "") without one."""
+    """Return (name, value) of K=V, or of K with the caller's value; ("", "") when that has none."""
     name, equals, value = text.partition("=")
     if not name:
         raise ValueError(f"{text!r} is not NAME=VALUE or NAME")
-    return (name, value) if equals else (name, os.environ[name]) if name in os.environ else ("", "")
+    if equals:
+        return name, value
+    return (name, os.environ[name]) if name in os.environ else ("", "")
 
 
 def parse_name(text: str) -> str:
@@ -615,14 +631,6 @@ def parse_capability(text: str) -> str:
     return name
 
 
-# <linux/capability.h>: the place in the list is the number
-CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP
-    LINUX_IMMUTABLE NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE
-    SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME
-    SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG
-    WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split()
-
-
 class Option:
     """One row of the command line: its names, what it takes, and what makes a value of the text."""
 
@@ -653,7 +661,7 @@ def shares_to_weight(shares: int) -> int:
 
 
 def swap_of(options: Options) -> "str | None":
-    """Return v2's swap limit, which counts swap alone where the option, as v1, counts it with memory."""
+    """Return v2's limit, which is for swap alone; the option means memory plus swap, as v1 does."""
     if options.memory is None or options.memory_swap is None:
         return None
     return "max" if options.memory_swap == -1 else str(options.memory_swap - options.memory)
@@ -704,7 +712,7 @@ class Unavailable(Failure):
 
 
 class Hierarchy:
-    """One mounted tree of cgroups: "" are the controllers of v2, and v1 has a tree for each, or a few."""
+    """One mounted tree of cgroups: v2 has one, here called "", v1 one for each controller, or a few."""
 
     def __init__(self, controllers: str, top: str, own: str) -> None:
         self.version = 1 if controllers else 2
@@ -802,9 +810,10 @@ class Cgroups:
             self.join_files.append((path, fd))
 
     def hurry_join(self) -> None:
-        """Move run(), on v2, to where it is already: the first to move waits 5 to 20 ms for the kernel.
+        """Pay the wait of the first move ahead, on v2, where a cgroup.procs takes a lock by RCU: 5 to 20 ms.
 
-        For its RCU; meanwhile init makes its mounts, and then its own move goes through at once.
+        A second write soon after need not wait. So run() moves itself, to where it is, while init has
+        its mounts to make, and init's own move goes through at once.
         """
         for hierarchy in self.used:
             if hierarchy.directory and hierarchy.version == 2:
@@ -877,9 +886,9 @@ class Cgroups:
             if os.access(hierarchy.own, os.W_OK):
                 return hierarchy.own
         elif is_delegated(hierarchy.own) and is_alone(hierarchy.own):
-            return hierarchy.own
+            return hierarchy.own  # ours to divide
         elif not self.options.rootless:
-            return find_managed(hierarchy) or hierarchy.top
+            return find_managed(hierarchy) or hierarchy.top  # root need not ask
         names = ", ".join(row[0].long for row in hierarchy.rows if self.is_asked(row[0].dest))
         raise Unavailable(f"{names}: no cgroup here is ours to use")
 
@@ -1024,8 +1033,9 @@ def find_managed(hierarchy: Hierarchy) -> str:
     """
     above = level = os.path.dirname(hierarchy.own)
     while len(level) > len(hierarchy.top):
-        if is_delegated(level):
-            return "" if read_file(f"{above}/cgroup.procs", "who is here") else above
+        if is_delegated(level):  # handed over here by systemd: what is below is the manager's
+            busy = read_file(f"{above}/cgroup.procs", "who is here")  # then it can hand nothing down
+            return "" if busy else above
         level = os.path.dirname(level)
     return ""
 
@@ -1097,7 +1107,7 @@ PRIVATE_PATHS = ("/proc", "/sys", "/dev", "/run")
 PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devpts devtmpfs
     efivarfs fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs
     tracefs""".split()
-SCRATCH = "/tmp"  # covered, in our namespace only, by the writable layer and then by the new root
+SCRATCH = "/tmp"  # a directory that every host has: ours are mounted over it, in our namespace only
 TMPFS_FLAGS = MS_NOSUID | MS_NODEV
 NO_FILES = MS_NOSUID | MS_NODEV | MS_NOEXEC  # for filesystems of which nothing is to be executed
 
@@ -1179,7 +1189,7 @@ def create_file(path: str, why: str, dir_fd: "int | None" = None) -> None:
 
 
 def exists(path: str) -> bool:
-    """Tell whether there is something at `path`. os.path.exists takes every error for a no."""
+    """Tell whether `path` exists. To os.path.exists every error is a no, and so a path left unmasked."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -1187,7 +1197,7 @@ def exists(path: str) -> bool:
     return True
 
 
-def open_own(path: str) -> int:
+def open_mount_point(path: str) -> int:
     """Return a descriptor for /proc, /sys, /dev or /run in the new root; a symlink there is refused."""
     if not os.path.lexists(path):
         call("mkdir", path, MODE_755, why="the rootfs has none")
@@ -1248,8 +1258,9 @@ def mount_overlay(
 ) -> None:
     """Mount on `target` the directories `lowers`, topmost first, with a writable layer in `layer`.
 
-    What is written goes to upperdir; the directories below are never changed. All are named through
-    descriptors, so no name can bring in an option of its own. See overlayfs.rst of the kernel.
+    What is written goes to upper + `suffix`, a directory of `layer`; those below are never changed.
+    All are named through descriptors, so no name can bring in an option of its own. See overlayfs.rst
+    of the kernel.
     """
     upper_and_work = []
     for name in ("upper" + suffix, "work" + suffix):
@@ -1350,9 +1361,11 @@ def enter_rootfs(options: Options) -> None:
     mount_dev(options, host.devices)
     mount_sys(options, host.sys)
     if not options.rootfs:
-        mount("tmpfs", at(open_own("/run")), "tmpfs", TMPFS_FLAGS, "mode=755", "the host's has sockets")
+        fd = open_mount_point("/run")
+        mount("tmpfs", at(fd), "tmpfs", TMPFS_FLAGS, "mode=755", "the host's has sockets")
         if options.rootless:
-            mount("tmpfs", at(open_own("/tmp")), "tmpfs", TMPFS_FLAGS, "mode=1777", "a writable place")
+            fd = open_mount_point("/tmp")
+            mount("tmpfs", at(fd), "tmpfs", TMPFS_FLAGS, "mode=1777", "a writable place")
     mount_options(options, host.volumes)
     for fd, name in host.resolver:
         bind(fd, name, True, options, f"--network host: {name}")
@@ -1389,13 +1402,13 @@ def mount_new_root(options: Options, host: HostFiles) -> int:
 def mount_host_filesystem(path: str, lower: int, layer: int, options: Options) -> None:
     """Show a filesystem of the host like its root: with a writable layer, else read-only."""
     if stat.S_ISDIR(os.stat(at(lower)).st_mode):
+        suffix = path.replace("%", "%25").replace("/", "%2F")
         target = open_in_root(path, "host view", "dir")
         try:
-            suffix = path.replace("%", "%25").replace("/", "%2F")
             mount_overlay([lower], layer, suffix, at(target), options, f"the host's {path}")
             return
         except Failure:
-            pass  # overlay takes no directory of this filesystem
+            pass  # overlay takes no directory of this filesystem, such as FAT
         finally:
             os.close(target)
     bind(lower, path, True, options, f"the host's {path}")
@@ -1431,7 +1444,7 @@ def bind(source: int, target: str, read_only: bool, options: Options, why: str) 
 
 def mount_proc() -> None:
     """Mount the container's /proc, first of all: other mounts name their places by /proc/self/fd."""
-    fd = open_own("/proc")
+    fd = open_mount_point("/proc")
     call("fchdir", fd, why="stand where it goes")
     mount("proc", ".", "proc", NO_FILES, None, "the processes of the new pid namespace")
     call("chdir", "/", why="back to the root")
@@ -1445,7 +1458,7 @@ def mount_dev(options: Options, devices: "list[tuple[str, int]]") -> None:
     it can be opened nowhere.
     """
     flags = MS_NOSUID | MS_STRICTATIME | nodev(options)
-    mount("tmpfs", at(open_own("/dev")), "tmpfs", flags, "mode=755,size=64m", "no device of the host")
+    mount("tmpfs", at(open_mount_point("/dev")), "tmpfs", flags, "mode=755,size=64m", "no device of the host")
     for path, fd in devices:
         create_file(path, "where to bind it")
         mount(at(fd), path, None, MS_BIND, None, "a device that is harmless")
@@ -1464,13 +1477,13 @@ def mount_dev(options: Options, devices: "list[tuple[str, int]]") -> None:
 
 def mount_sys(options: Options, host_sys: int) -> None:
     """Mount /sys, read-only: its network part is the container's, the hardware is the host's."""
-    fd = open_own("/sys")
+    fd = open_mount_point("/sys")
     flags = NO_FILES | (NO_FLAGS if options.privileged else MS_RDONLY)
     if host_sys < 0:
         mount("sysfs", at(fd), "sysfs", flags, None, "devices as the network namespace has them")
     else:  # only the owner of a network namespace may mount its sysfs
         mount(at(host_sys), at(fd), None, MS_BIND | MS_REC, None, "the host's, as is the network")
-        mount_setattr(open_own("/sys"), MS_RDONLY | MS_NODEV, "all of it")
+        mount_setattr(open_mount_point("/sys"), MS_RDONLY | MS_NODEV, "all of it")
     os.close(fd)
 
 
@@ -1552,9 +1565,11 @@ REFUSED_REQUESTS = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: they type into a term
 def seccomp_filter(kept: "set[str]") -> bytes:
     """Return the program that the kernel runs at every system call of the container. See seccomp(2).
 
-    Classic BPF over struct seccomp_data: the number at offset 0, the architecture at 4, six 64-bit
-    arguments from 16. `kept` are the capabilities with whose calls it is lenient.
+    Classic BPF, <linux/bpf_common.h>, over struct seccomp_data: the number at offset 0, the
+    architecture at 4, six 64-bit arguments from 16. A step is (code, how far to jump if true, if
+    false, value). `kept` are the capabilities with whose calls it is lenient.
     """
+    # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_JGE, BPF_JSET, BPF_RET
     load, equal, at_least, any_bit, verdict = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, unknown = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
     column, architecture = MACHINES[os.uname().machine]
@@ -1587,7 +1602,7 @@ def seccomp_filter(kept: "set[str]") -> bytes:
 
 
 def find_kept_capabilities(options: Options) -> "set[str]":
-    """Return the capabilities that the container's root keeps; "ALL" is those without a name here."""
+    """Return the capabilities that the container's root keeps; "ALL" are those newer than CAPABILITIES."""
     kept = set(DEFAULT_CAPABILITIES)
     if options.privileged or "ALL" in options.cap_add:
         kept = {"ALL", *CAPABILITIES}
@@ -1701,8 +1716,15 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+TERMINAL_READY = b"T"  # on the status pipe: the devpts is there
+
+
 class Pipes:
-    """The two pipes between run() and init(): the command goes in, what failed comes back."""
+    """The two pipes between run() and init(): the command goes in, what failed comes back.
+
+    The command is argv, a NUL after each word, then EOF. The status is, with -t, TERMINAL_READY;
+    then EOF when init has become the command, else exit status, message and hint, a NUL between.
+    """
 
     def __init__(self) -> None:
         why = "carries the command to init; its EOF says go"
@@ -1735,9 +1757,9 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
         if options.network == "none":
             raise_loopback()
         if options.tty:
-            call("write", pipes.status_write, b"T", why="run() may open our pty, and send the command")
+            call("write", pipes.status_write, TERMINAL_READY, why="run() may open our pty, then go on")
         argv = read_command(pipes.command_read)
-        if options.oom_score_adj is not None:
+        if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
             score = str(options.oom_score_adj)
             write_file("/proc/self/oom_score_adj", score, f"--oom-score-adj {score}")
         join_cgroups(cgroups)
@@ -1990,7 +2012,7 @@ class Pump:
             data = b""  # nobody has the other end of the pty open any more, and all is read
         if data:
             self.held, self.last = b"" if self.broken else data, data[-1:]
-        else:  # an end of input is a key on a terminal, and after an unfinished line takes two
+        else:  # EOF on a terminal is a key, ^D; after an unfinished line the first only sends the line
             self.ended = True
             self.held = self.at_end if self.last == b"\n" else self.at_end * 2
 
@@ -2119,6 +2141,7 @@ class Container:
 
     def supervise(self) -> int:
         """Relay signals and terminal until the command has ended; return its wait status."""
+        # signals first: who has ended has told before, so the status polled after it is complete
         watched = {self.signal_fd: select.POLLIN, self.pipes.status_read: select.POLLIN}
         if not self.options.tty:
             self.send_command()
@@ -2156,9 +2179,9 @@ class Container:
         os.close(self.pipes.command_write)
 
     def read_status(self) -> bool:
-        """Take what init tells: "T" when the pty can be opened, or a failure. Return True at EOF."""
+        """Take what init tells: that the pty can be opened, or a failure. Return True at EOF."""
         data = os.read(self.pipes.status_read, 1 << 16)
-        if data.startswith(b"T"):
+        if data.startswith(TERMINAL_READY):
             data = data[1:]
             if not data:  # else init has failed since, and says how
                 self.open_terminal()
@@ -2184,7 +2207,7 @@ class Container:
             self.send_command()
 
     def hold_files(self) -> None:
-        """Keep what the container has in memory alive to the end, to tell how much of it was files."""
+        """Hold the writable layer and /dev/shm open: their size is asked for when the container is gone."""
         for path in ("", "/dev/shm"):
             try:
                 self.file_fds.append(os.open(f"/proc/{self.pid}/root{path}", O_PATH_DIR))
@@ -2401,7 +2424,7 @@ def run(options: Options, argv: "list[str]") -> int:
         tolerate(cgroups.remove)
     if container.told:
         raise told_failure(container.told)
-    if not container.started:
+    if not container.started:  # killed, by a signal to us or for memory, before it was the command
         return EXIT_SIGNAL + (container.stopped_by or signal.SIGKILL)
     if os.WIFSIGNALED(wstatus):
         return EXIT_SIGNAL + os.WTERMSIG(wstatus)

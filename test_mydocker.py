@@ -2516,7 +2516,8 @@ FILTERED = """if 1:
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     faccessat2 = 439
-    program.LAST_CALL = faccessat2 + int(sys.argv[2])
+    program.LAST_CALL, first, program.GAP_TO = map(int, sys.argv[2:])
+    program.GAP_FROM = first, first
     steps = ctypes.create_string_buffer(program.seccomp_filter(set()))
     fprog = struct.pack("HP", len(steps.raw) // 8, ctypes.addressof(steps))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -2526,10 +2527,14 @@ FILTERED = """if 1:
     print(ctypes.get_errno())"""
 
 
-@pytest.mark.parametrize("newest, unknown", [(0, False), (-1, True)])
-def test_a_call_is_unknown_when_it_is_newer_than_the_filter(newest, unknown):
-    """The kernel would answer ENOSYS by itself to what it has not got, so the bound is moved."""
-    words = [sys.executable, "-c", FILTERED, str(PROGRAM), str(newest)]
+@pytest.mark.parametrize(
+    "newest, gap, unknown",
+    [(439, (337, 423), False), (438, (337, 423), True), (466, (438, 440), True)],
+    ids=["known", "newer", "in the gap"],
+)
+def test_a_number_that_nobody_has_looked_at_is_unknown(newest, gap, unknown):
+    """The kernel would answer ENOSYS by itself to what it has not got, so the bounds are moved."""
+    words = [sys.executable, "-c", FILTERED, str(PROGRAM), str(newest), *map(str, gap)]
     assert (int(subprocess.check_output(words)) == ENOSYS) == unknown
 
 
