@@ -753,7 +753,8 @@ def find_hierarchies() -> "dict[str, Hierarchy]":
 
 def start_time(pid: "int | str") -> str:
     """Return when process `pid` started, in ticks since boot. See proc_pid_stat(5)."""
-    return read_file(f"/proc/{pid}/stat", "when did it start").rpartition(")")[2].split()[19]
+    why = "its start time tells a process from a later one with its number"
+    return read_file(f"/proc/{pid}/stat", why).rpartition(")")[2].split()[19]
 
 
 def is_alive(pid: str, started: str) -> bool:
