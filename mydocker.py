@@ -1310,10 +1310,11 @@ def open_host_mounts() -> "list[tuple[str, int]]":
             fd = open_path(point, "a filesystem of the host")
             os.stat(at(fd))
             found.append((point, fd))
-        except OSError as error:  # covered by another mount, not ours to see (FUSE), or dead: not shown
-            unseen = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO)
-            if error.errno not in unseen:
-                raise
+        except OSError as error:
+            if error.errno in (errno.ENOTCONN, errno.ESTALE, errno.EIO):  # its server or disk is dead
+                log.warning(f"the host's {point} cannot be shown inside: {error.strerror}")
+            elif error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+                raise  # and those: covered by another mount, or a user's FUSE, which not even root may see
     return found
 
 
