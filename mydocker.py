@@ -1613,6 +1613,16 @@ def find_kept_capabilities(options: Options) -> "set[str]":
     return (kept | {name for name in options.cap_add if name != "ALL"}) - set(options.cap_drop)
 
 
+def join_session_keyring() -> None:
+    """Leave the caller's keyring, which no namespace divides. See keyctl_join_session_keyring(3)."""
+    try:
+        why = "a session keyring of its own: root's keys stay out of reach"
+        call("keyctl", KEYCTL_JOIN_SESSION_KEYRING, None, why=why)
+    except CallError as error:
+        if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
+            raise
+
+
 def cut_bounding_set(kept: "set[str]") -> None:
     """Drop from the bounding set what is not kept: then no program executed inside can get it.
 
@@ -1686,8 +1696,7 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
     the filter comes last because it would refuse the calls before it. See credentials(7).
     """
     kept = find_kept_capabilities(options)
-    why = "a session keyring of its own: root's keys stay out of reach"
-    call("keyctl", KEYCTL_JOIN_SESSION_KEYRING, None, why=why)
+    join_session_keyring()
     cut_bounding_set(kept)
     try:
         if not options.rootless:  # there it is denied: a group may be what keeps somebody out
@@ -1875,23 +1884,24 @@ def attach_stdio(options: Options, uid: int) -> None:
 def enter_workdir(options: Options) -> None:
     """Stand where the command is to start: --workdir, or in host view the caller's directory."""
     call("chdir", "/", why="inside, in any case")
-    private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())
-    path = options.workdir
-    if not path and not options.rootfs:
-        path = options.cwd if not is_below(options.cwd, private) else ""
-    try:
-        if path:
-            why = f"--workdir {path}" if options.workdir else "the caller's directory"
-            fd = open_in_root(path, why, "dir" if options.workdir else "")
-            call("fchdir", fd, why=why)
-            os.close(fd)
-    except (CallError, Failure):
-        if options.workdir:
-            raise
-        path = ""
-    if not path and not options.rootfs:
-        where = options.cwd or "which is deleted,"
-        log.warning(f"the current directory {where} is not visible inside: starting in /")
+    if options.workdir:
+        chdir_inside(options.workdir, f"--workdir {options.workdir}", "dir")
+    elif not options.rootfs:
+        private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())
+        try:
+            if not options.cwd or is_below(options.cwd, private):
+                raise Failure("what is there inside is not what the caller sees")
+            chdir_inside(options.cwd, "the caller's directory")
+        except (CallError, Failure):
+            where = options.cwd or "which is deleted,"
+            log.warning(f"the current directory {where} is not visible inside: starting in /")
+
+
+def chdir_inside(path: str, why: str, create: str = "") -> None:
+    """Enter a directory of the container, found as open_in_root() does it. Raises CallError, Failure."""
+    fd = open_in_root(path, why, create)
+    call("fchdir", fd, why=why)
+    os.close(fd)
 
 
 def environment(options: Options, hostname: str, home: str) -> "dict[str, str]":
@@ -2321,6 +2331,15 @@ def enter_user_namespace() -> None:
         raise Failure(str(error), hint) from None
 
 
+def unshare_pid() -> None:
+    """Have the next child be PID 1 of a new pid namespace. See pid_namespaces(7). Raises Failure."""
+    try:
+        call("unshare", CLONE_NEWPID, why="the next child is PID 1 of a new pid namespace")
+    except CallError as error:
+        hint = "root here lacks CAP_SYS_ADMIN, as in a container that was started without --privileged"
+        raise Failure(str(error), hint if error.errno == errno.EPERM else "") from None
+
+
 def prepare(options: Options) -> None:
     """Refuse what cannot work, and fill in what follows from the rest, before anything is done."""
     if options.memory is None and options.memory_swap is not None:
@@ -2401,7 +2420,7 @@ def run(options: Options, argv: "list[str]") -> int:
         cgroups.create()
         if options.rootless:
             enter_user_namespace()
-        call("unshare", CLONE_NEWPID, why="the next child is PID 1 of a new pid namespace")
+        unshare_pid()
         pipes = Pipes()
         # nothing is buffered here that the child would write again: all our output is by os.write
         pid = call("fork", why="the child goes on with the code that is here: no second interpreter")

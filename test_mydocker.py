@@ -2720,6 +2720,17 @@ def test_a_disk_in_the_image_cannot_be_opened(account):
     assert account(*options, *SH, "exec 3</disk; echo opened").out == ""
 
 
+def test_a_container_cannot_make_another(mydocker):
+    result = mydocker(PYTHON, PROGRAM, "run", "true", cwd="/")
+    assert result.status == 125
+    assert "unshare(CLONE_NEWPID)" in result.err and "--privileged" in result.err
+
+
+@root_only
+def test_a_privileged_container_can_make_another(mydocker):
+    assert mydocker.out("--privileged", PYTHON, PROGRAM, "run", "echo", "inner", cwd="/") == "inner\n"
+
+
 def test_no_descriptor_of_the_caller_reaches_the_command(busybox):
     directory = os.open("/etc", os.O_RDONLY)
     try:
@@ -2769,6 +2780,14 @@ def test_the_session_keyring_is_new(mydocker):
     host = subprocess.check_output([PYTHON, "-c", session]).decode()
     inside = mydocker.out("--privileged", PYTHON, "-c", session)
     assert int(inside) > 0 and inside != host
+
+
+@root_only
+def test_a_kernel_without_keys_has_none_to_leak(busybox):
+    need(shutil.which("strace"), "strace")
+    without = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=keyctl:error=ENOSYS"]
+    words = busybox.words("run", *busybox.options, "echo", "fine")
+    assert ended(busybox.popen(without + words)) == Result(0, "fine\n", "")
 
 
 def test_nothing_can_be_typed_into_the_hosts_terminal(mydocker):
