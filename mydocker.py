@@ -4,30 +4,33 @@
 
     sudo python3 mydocker.py run -ti -m 100m /bin/sh
 
-A container is an ordinary process that the kernel has been asked to show a world of its own:
-namespaces decide what it sees, a root filesystem what it has, cgroups what it may use, capabilities
-and seccomp what it may ask for. Two functions put one together, joined by two pipes:
+A container is an ordinary process to which the kernel shows a world of its own: namespaces decide
+what it sees, a root filesystem what it has, cgroups what it may use, capabilities and seccomp what it
+may ask for. Two functions build one, joined by two pipes:
 
     run()  outside                              init()  inside: PID 1, until it is the command
     --------------------------------------      ----------------------------------------------
     parse(), prepare(): refuse what cannot work
     Cgroups.create(): limits, read back
+    (without root: a user namespace)
     unshare(CLONE_NEWPID), fork --------------> die with the parent
-    send the command, close the pipe -----.     unshare: mount, uts, ipc, net namespaces
-    supervise(): signals, terminal        |     every mount private
-    |                                     |     enter_rootfs(): overlay, pivot_root, /proc ...
-    |                                     '---> read the command until EOF
+    supervise(): signals, terminal              unshare: mount, uts, ipc, net namespaces
+    |                                           every mount private
+    |                                           enter_rootfs(): overlay, pivot_root, /proc ...
+    | <------ with -t: "the terminal is there"
+    send the command, close the pipe ---------> read the command until EOF
     |                                           join_cgroups(); unshare: cgroup namespace
     |                                           drop_privileges(): user, capabilities, seccomp
     | <------------ EOF of the status pipe ---- execve: the command is PID 1
     wait, report, Cgroups.remove()
 
 Read from the top, where a section builds on those above it, or start with run() and init(), which
-are tables of contents. Whatever changes the system goes through call(), and that is what
-`run --explain` prints; only what tidies up this process (close, umask, signal masks) does not.
+are tables of contents. Every call that changes something outside this process goes through call(),
+and that is what `run --explain` prints; what changes only this process (close, umask, signal masks),
+what only looks (stat, access) and the bytes of the terminal do not.
 
-The defaults are as tight as Docker's, but the kernel is shared: who breaks the kernel is out.
-See namespaces(7), pivot_root(2), cgroups(7), capabilities(7), seccomp(2); in the kernel's own
+The defaults are as tight as Docker's, but the kernel is shared: whoever exploits a bug in it is out.
+See namespaces(7), pivot_root(2), cgroups(7), capabilities(7), seccomp(2), pty(7); in the kernel's own
 documentation, admin-guide/cgroup-v2.rst and filesystems/overlayfs.rst.
 """
 
@@ -37,7 +40,7 @@ if sys.platform != "linux" or sys.version_info < (3, 8) or sys.maxsize < 2**32:
     sys.stderr.write("mydocker: this needs a 64-bit Linux and Python 3.8 or newer\n")
     sys.exit(125)
 
-try:  # each import costs every run: so the C core of signal, without enum (3 ms), and no argparse (8)
+try:  # every run pays for each import: hence _signal, which is signal without enum (3 ms), no argparse (8)
     import _signal as signal  # type: ignore[import-not-found]
     import ctypes
     import errno
@@ -60,7 +63,7 @@ EXIT_MYDOCKER, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 125, 126, 127,
 
 
 class Flag(int):
-    """A number that prints as its name in the kernel's headers, so MS_REC | MS_PRIVATE does, too."""
+    """A number that prints as its name in C; MS_REC | MS_PRIVATE prints as MS_REC|MS_PRIVATE."""
 
     name: str
 
@@ -70,7 +73,7 @@ class Flag(int):
         return flag
 
     def __or__(self, other: int) -> "Flag":
-        names = [name for name in (repr(self), repr(other)) if name != "0"]
+        names = [name for name in (repr(self), repr(other)) if name != "0"]  # by name: O_RDONLY is 0, too
         return Flag("|".join(names) or "0", int(self) | int(other))
 
     def __repr__(self) -> str:
@@ -140,7 +143,7 @@ SIGKILL = Flag("SIGKILL", 9)
 AF_INET = Flag("AF_INET", 2)
 SOCK_DGRAM = Flag("SOCK_DGRAM|SOCK_CLOEXEC", 2 | 0o2000000)
 SIOCSIFFLAGS = Flag("SIOCSIFFLAGS", 0x8914)
-TCSADRAIN = Flag("TCSADRAIN", termios.TCSADRAIN)
+TCSANOW = Flag("TCSANOW", termios.TCSANOW)
 TIOCSCTTY = Flag("TIOCSCTTY", 0x540E)
 TIOCGWINSZ = Flag("TIOCGWINSZ", 0x5413)
 TIOCSWINSZ = Flag("TIOCSWINSZ", 0x5414)
@@ -153,13 +156,16 @@ TIOCGPTPEER = Flag("TIOCGPTPEER", 0x5441)
 class Failure(Exception):
     """The end of a run: a line for the user, at most one more with the remedy, the exit status."""
 
-    def __init__(self, message: str, hint: str = "", status: int = EXIT_MYDOCKER) -> None:
+    hint = ""
+
+    def __init__(self, message: str, hint: str = "", status: int = EXIT_MYDOCKER, line: int = 0) -> None:
         super().__init__(message)
-        self.message, self.hint, self.status = message, hint, status
+        self.message, self.hint, self.status = message, hint or self.hint, status
+        self.line = line  # of this file, where that is not where it was raised
 
 
 class CallError(OSError):
-    """A system call that failed; as text what it was for, the call itself, and the reason."""
+    """A system call that failed. As text: what it was for, the call itself, the reason."""
 
     def __init__(self, number: int, shown: str, why: str) -> None:
         super().__init__(number, os.strerror(number))
@@ -169,12 +175,12 @@ class CallError(OSError):
         return f"{self.why}: {self.shown}: {self.strerror}"
 
 
-# These speak for whoever called them: it is that line which "source" of the JSON log names
+# Functions that speak for their caller: "source" in the JSON log is the caller's line, not theirs
 TELLERS = "step warning failure call mount open_path read_file read_to_end write_file".split()
 
 
 class Log:
-    """All that mydocker says, on stderr: stdout is the command's. The only global that changes."""
+    """All that mydocker says, on stderr: stdout is the command's. The options say how."""
 
     fd = 2
     json = explain = False
@@ -183,12 +189,13 @@ class Log:
     def set_up(self, options: "Options") -> None:
         """Take --log-format and --explain from the options."""
         self.json, self.explain = options.log_format == "json", options.explain
-        if options.explain:  # to go on here when init's stderr has become the container's terminal
+        if options.explain:  # a copy: with -t init's descriptor 2 becomes the container's terminal
             self.fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)
 
     def line(self, level: str, message: str, line_number: int = 0) -> None:
         """Write one line, in JSON with the line of this file that had the thing done."""
-        text = message.replace("\n", "\\n")
+        # a name that an image or a caller chose must not add a line, nor speak to the terminal
+        text = "".join(repr(c)[1:-1] if c < " " or "\x7f" <= c < "\xa0" else c for c in message)
         if self.json:
             frame = sys._getframe(1)
             while frame.f_back and frame.f_code.co_name in TELLERS:
@@ -213,19 +220,16 @@ class Log:
         self.line("warning", f"mydocker: {message}")
 
     def failure(self, failure: Failure) -> None:
-        """Say why a run has ended, and the remedy if there is one; the line is where it was raised."""
-        number, trace = 0, failure.__traceback__
-        while trace:
-            number, trace = trace.tb_lineno, trace.tb_next
-        self.line("error", f"mydocker: {failure.message}", number)
+        """Say why a run has ended, and the remedy if there is one."""
+        self.line("error", f"mydocker: {failure.message}", failure.line)
         if failure.hint:
-            self.line("error", f"  hint: {failure.hint}", number)
+            self.line("error", f"  hint: {failure.hint}", failure.line)
 
 
 def json_string(text: str) -> str:
     """Return `text` as JSON has it, without 7 ms of import json."""
-    plain = (c if c.isprintable() and c not in '"\\' else f"\\u{ord(c):04x}" for c in text)
-    return '"' + "".join(plain) + '"'
+    quoted = (f"\\u{ord(c):04x}" if c < " " or c in '"\\' or "\ud800" <= c < "\ue000" else c for c in text)
+    return '"' + "".join(quoted) + '"'
 
 
 log = Log()
@@ -238,9 +242,10 @@ MACHINES = {  # uname -m: which column of numbers below, AUDIT_ARCH_* of <linux/
     "riscv64": (1, 0xC00000F3),
     "loongarch64": (1, 0xC0000102),
 }
+COLUMN, ARCHITECTURE = MACHINES.get(os.uname().machine, (-1, 0))
 _NUMBERS = {"keyctl": (250, 219), "mount_setattr": (442, 442)}  # libc has no function for these
 # Arguments as in section 2 of the manual: s a string or struct, i int, l long, L unsigned long.
-# What is not here is a function of Python's os or, for a few, of another module.
+# A call that is not here is made by Python's function of that name, in os or as _MODULES says.
 _PROTOTYPES = {
     "capget": "ss",
     "capset": "ss",
@@ -262,7 +267,7 @@ _bound: "dict[str, object]" = {}  # what _bind returned, by name
 
 
 def give_back_memory() -> None:
-    """Return what was freed to the kernel; libc would keep it. See malloc_trim(3), which glibc has."""
+    """Give freed memory back to the kernel, which libc would not. See malloc_trim(3), which glibc has."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 
@@ -271,8 +276,8 @@ def _bind(name: str):  # type: ignore[no-untyped-def]
     """Return the function behind call(`name`): of libc, raising OSError at -1, or of a module."""
     if name not in _PROTOTYPES:
         return getattr(_MODULES.get(name, os), name)
-    number = [_NUMBERS[name][MACHINES[os.uname().machine][0]]] if name in _NUMBERS else []
-    # not by getattr, which gives the same function twice: two raw calls would share one prototype
+    number = [_NUMBERS[name][COLUMN]] if name in _NUMBERS else []
+    # getattr() would return one cached function for all that are syscall(), with the argtypes of the last
     function = _libc["syscall" if number else name]
     function.argtypes = [getattr(ctypes, _TYPES[letter]) for letter in _PROTOTYPES[name]]
 
@@ -297,48 +302,80 @@ def show(arg: object) -> str:
         return f"<struct of {len(arg)} bytes>"
     if isinstance(arg, list) and arg and isinstance(arg[-1], list):
         return "<struct termios>"
-    text = repr(arg) if isinstance(arg, int) else repr(arg).replace("'", '"')
+    text = repr(arg).replace("'", '"')
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def show_call(name: str, args: "tuple[object, ...]", dir_fd: "int | None") -> str:
     """Return a call as the manual would write it."""
-    at_directory = [] if dir_fd is None else [f"dir_fd={dir_fd}"]
-    return f"{name}({', '.join([*map(show, args), *at_directory])})"
+    return f"{name}({', '.join(map(show, args))}{'' if dir_fd is None else f', dir_fd={dir_fd}'})"
 
 
 def call(name: str, *args: object, why: str, dir_fd: "int | None" = None):  # type: ignore[no-untyped-def]
     """Make the system call `name`, return its result; raise CallError, which tells what it was for.
 
-    Every call that changes something comes through here: --explain, the messages and the tests for
-    faults see them all because there is no other way. str becomes bytes as by os.fsencode.
+    `why` is what --explain says of the call, and how the message begins if it fails. Every call that
+    changes something comes through here, so neither can miss one. str becomes bytes as by os.fsencode.
     """
     if name not in _bound:
         _bound[name] = _bind(name)
     if name == "execve":  # when it succeeds nobody is left to tell
         log.step(show_call(name, args, None), "?", why)
+    at_directory = {} if dir_fd is None else {"dir_fd": dir_fd}
     try:
-        extra = {} if dir_fd is None else {"dir_fd": dir_fd}
-        result = _bound[name](*args, **extra)  # type: ignore[operator]
+        result = _bound[name](*args, **at_directory)  # type: ignore[operator]
     except (OSError, termios.error) as error:
         number = error.args[0] or errno.EIO
         log.step(show_call(name, args, dir_fd), f"-1 {errno.errorcode.get(number, number)}", why)
         raise CallError(number, show_call(name, args, dir_fd), why) from None
     if log.explain and (name != "fork" or result):  # fork returns twice, the story goes on once
-        known = isinstance(result, (int, tuple, bytes))
-        log.step(show_call(name, args, dir_fd), show(result) if known else "0", why)
+        log.step(show_call(name, args, dir_fd), "0" if result is None else show(result), why)
     return result
 
 
-def describe(error: OSError) -> str:
-    """Return the line for an error; one that did not come by call() tells the function that met it."""
-    if isinstance(error, CallError):
-        return str(error)
+HINTS = (  # how a call begins, its error, the remedy: where the error misleads, or has but one cause
+    ('mount("overlay"', errno.ENODEV, "this kernel lacks overlay; on the host: modprobe overlay"),
+    ('mount("overlay"', errno.EPERM, "overlay in a user namespace needs Linux 5.11; sudo works before"),
+    ('mount("overlay"', errno.EINVAL, "overlay takes no layers on overlay (a container in a container)"),
+    ('mount("overlay"', errno.ELOOP, "the same directory twice: each --rootfs has to be another"),
+    ("pivot_root", errno.EINVAL, "the root here is an initramfs or a chroot: pivot_root cannot swap it"),
+    ("unshare(CLONE_NEWPID", errno.EPERM,
+     "root here lacks CAP_SYS_ADMIN, as in a container that was started without --privileged"),
+)  # fmt: skip
+
+
+def as_failure(error: BaseException) -> Failure:
+    """Return what to tell of an exception. One not raised by call() is named after our function it met."""
     trace = error.__traceback__
-    while trace and trace.tb_next:
+    while trace and trace.tb_next and trace.tb_next.tb_frame.f_code.co_name not in TELLERS:
         trace = trace.tb_next
-    step = trace.tb_frame.f_code.co_name.replace("_", " ") if trace else ""
-    return f"{step}: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": ")
+    line, step = (trace.tb_lineno, trace.tb_frame.f_code.co_name.replace("_", " ")) if trace else (0, "")
+    if isinstance(error, Failure):
+        error.line = error.line or line
+        return error
+    if isinstance(error, CallError):
+        fits = (row[2] for row in HINTS if error.shown.startswith(row[0]) and error.errno == row[1])
+        return Failure(str(error), next(fits, ""), line=line)
+    if isinstance(error, OSError):
+        text = ": ".join(filter(None, (step, error.filename, error.strerror or str(error))))
+        return Failure(text, line=line)
+    return Failure(f"internal error: {type(error).__name__}: {error}", line=line)  # a mistake in this file
+
+
+def attempt(step, *args: object, **keywords: object):  # type: ignore[no-untyped-def]
+    """Take a step that may fail: return its result, or None."""
+    try:
+        return step(*args, **keywords)
+    except OSError:
+        return None
+
+
+def tolerate(step, *args: object, **keywords: object) -> None:  # type: ignore[no-untyped-def]
+    """Take a step of the teardown; its failure is a warning."""
+    try:
+        step(*args, **keywords)
+    except OSError as error:
+        log.warning(as_failure(error).message)
 
 
 def mount(
@@ -354,7 +391,9 @@ def open_path(path: str, why: str, flags: int = O_PATH, dir_fd: "int | None" = N
 
 
 def at(fd: int) -> str:
-    """Return a path to what is behind `fd`: nothing for overlay to take for an option, no link to follow."""
+    """Return a path to what `fd` refers to, right even when its name changes; overlay needs it, as in
+    any other name could be a comma or a colon. It depends on the /proc that is mounted just then.
+    """
     return f"/proc/self/fd/{fd}"
 
 
@@ -377,9 +416,9 @@ def read_to_end(fd: int, why: str) -> bytes:
 
 
 def write_file(path: str, value: str, why: str) -> None:
-    """Write `value` to an existing file, in one write: so the files of the kernel take a value.
+    """Write `value` to an existing file, in a single write(2), as files of the kernel require.
 
-    By open(path, "w") it would be created where a controller is missing, and EINVAL lost in close.
+    open(path, "w") would create the file where a controller is missing, and lose an EINVAL in close.
     """
     fd = call("open", path, O_WRONLY, why=why)
     try:
@@ -395,7 +434,7 @@ def read_mountinfo() -> "list[tuple[int, int, str, str, str, str, str]]":
     """
     rows = []
     table = read_file("/proc/self/mountinfo", "read the table of mounts")
-    for line in table.rstrip("\n").split("\n"):  # splitlines() would split at more, which may be in a name
+    for line in table.rstrip("\n").split("\n"):  # splitlines() also splits at what a name may have
         left, _, right = line.partition(" - ")
         mount_id, parent, _, root, point, options = left.split(" ")[:6]
         for escaped, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
@@ -419,7 +458,7 @@ class Options:
     cpus: "float | None" = None
     cpuset_cpus: "str | None" = None
     cpuset_mems: "str | None" = None
-    pids_limit = 2048  # so that a fork bomb stays inside; -1 = none
+    pids_limit: "int | None" = 2048  # so that a fork bomb stays inside
     oom_score_adj: "int | None" = None
     upperdir = workdir = user = hostname = name = pidfile = cgroup_parent = ""
     network = "none"
@@ -430,7 +469,7 @@ class Options:
         self.rootfs: "list[str]" = []
         self.volume: "list[tuple[str, str, bool]]" = []  # source, target, read-only
         self.tmpfs: "list[tuple[str, int, str]]" = []  # target, mount flags, data
-        self.env: "list[tuple[str, str]]" = []
+        self.env: "list[tuple[str, str | None]]" = []
         self.cap_add: "list[str]" = []
         self.cap_drop: "list[str]" = []
         self.asked: "set[str]" = set()  # the options that were given, as opposed to defaults
@@ -445,6 +484,8 @@ CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID S
     SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME
     SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG
     WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split()
+
+ALL_CAPABILITIES = CAPABILITIES + ["ALL"] * (64 - len(CAPABILITIES))  # "ALL": newer than the list
 
 # Each parse_ function below turns the text of a value into the value; it raises ValueError.
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -494,12 +535,12 @@ def whole_number(low: int, high: int):  # type: ignore[no-untyped-def]
     return parse
 
 
-def parse_pids_limit(text: str) -> int:
-    """Return a number of processes and threads; -1 stands for no limit."""
+def parse_pids_limit(text: str) -> "int | None":
+    """Return a number of processes and threads; None, for -1, is no limit."""
     limit: int = whole_number(-1, 1 << 22)(text)
     if limit == 0:
         raise ValueError("0 would leave no room for the command itself; -1 is no limit")
-    return limit
+    return None if limit == -1 else limit
 
 
 def parse_decimal(text: str) -> float:
@@ -533,14 +574,15 @@ def expand_list(text: str) -> "set[int]":
 
 
 def parse_list(text: str) -> str:
-    """Return a list of CPUs or nodes as it was given, once it is known to be one."""
-    return text if expand_list(text) else ""
+    """Check a list of CPUs or nodes; return it unchanged."""
+    expand_list(text)
+    return text
 
 
-def parse_path(text: str) -> str:
-    """Return a path, or a name, that is not empty."""
+def parse_text(text: str) -> str:
+    """Return a path or a name, which is not empty."""
     if not text:
-        raise ValueError("it must not be empty")
+        raise ValueError("the value is empty")
     return text
 
 
@@ -562,8 +604,9 @@ def parse_volume(text: str) -> "tuple[str, str, bool]":
     return source, target, mode == "ro"
 
 
-_TMPFS_WORDS = {"exec": MS_NOEXEC, "suid": MS_NOSUID, "dev": MS_NODEV, "rw": MS_RDONLY}
-_TMPFS_WORDS.update({"noexec": MS_NOEXEC, "nosuid": MS_NOSUID, "nodev": MS_NODEV, "ro": MS_RDONLY})
+# Options of a mount as mountinfo and --tmpfs name them
+MOUNT_WORDS = {"ro": MS_RDONLY, "nosuid": MS_NOSUID, "nodev": MS_NODEV, "noexec": MS_NOEXEC}
+_OPPOSITES = {"rw": "ro", "suid": "nosuid", "dev": "nodev", "exec": "noexec"}
 
 
 def parse_tmpfs(text: str) -> "tuple[str, int, str]":
@@ -574,8 +617,10 @@ def parse_tmpfs(text: str) -> "tuple[str, int, str]":
     flags, data = {MS_NOEXEC, MS_NOSUID, MS_NODEV}, ["mode=1777"]
     for word in filter(None, rest.split(",")):
         key, _, value = word.partition("=")
-        if word in _TMPFS_WORDS:
-            (flags.add if word == "ro" or word[:2] == "no" else flags.discard)(_TMPFS_WORDS[word])
+        if word in MOUNT_WORDS:
+            flags.add(MOUNT_WORDS[word])
+        elif word in _OPPOSITES:
+            flags.discard(MOUNT_WORDS[_OPPOSITES[word]])
         elif key == "size" and not value.endswith("%"):
             data.append(f"size={parse_size(value)}")
         elif key in ("size", "mode", "uid", "gid", "nr_inodes") and value:
@@ -585,18 +630,16 @@ def parse_tmpfs(text: str) -> "tuple[str, int, str]":
     return target, union(flags), ",".join(data)
 
 
-def parse_env(text: str) -> "tuple[str, str]":
-    """Return (name, value) of K=V, or of K with the caller's value; ("", "") when that has none."""
+def parse_env(text: str) -> "tuple[str, str | None]":
+    """Return (name, value) of K=V, or of K with the caller's value; None when that has none."""
     name, equals, value = text.partition("=")
     if not name:
         raise ValueError(f"{text!r} is not NAME=VALUE or NAME")
-    if equals:
-        return name, value
-    return (name, os.environ[name]) if name in os.environ else ("", "")
+    return name, value if equals else os.environ.get(name)
 
 
 def parse_name(text: str) -> str:
-    """Return a name for the host or the cgroup: what could be a path or a second line is none."""
+    """Return a name for the host or the cgroup: no slash, so it is no path; no newline, so no second line."""
     plain = text.replace("-", "").replace(".", "").replace("_", "")
     if not (plain.isascii() and plain.isalnum() and text[0].isalnum() and len(text) <= 64):
         raise ValueError(f"{text!r} is not a name: [a-zA-Z0-9][a-zA-Z0-9_.-]*, up to 64 characters")
@@ -634,7 +677,7 @@ def parse_capability(text: str) -> str:
 class Option:
     """One row of the command line: its names, what it takes, and what makes a value of the text."""
 
-    def __init__(self, names, metavar, parse, text, repeat=False) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, names, text, metavar="", parse=None, repeat=False) -> None:  # type: ignore[no-untyped-def]
         self.names, self.metavar, self.parse = names.split(), metavar, parse
         self.text, self.repeat = text, repeat
         self.long = next(name for name in self.names if name.startswith("--"))
@@ -642,12 +685,13 @@ class Option:
 
 
 class Limit(Option):
-    """An option that is a file of a cgroup controller: which, and what to write, on v1 and on v2."""
+    """An option that is written to a file of a cgroup controller: which file, which value, on v1 and v2."""
 
-    def __init__(self, names, metavar, parse, text, controller, v1_file, v2_file, v1, v2=None) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(names, metavar, parse, text)
+    def __init__(self, names, metavar, parse, text, controller, v1_file, v2_file, v1=None, v2=None) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(names, text, metavar, parse)
         self.controller = controller
         self.files = {1: v1_file, 2: v2_file}
+        v1 = v1 or (lambda options: getattr(options, self.dest))
         self.values = {1: v1, 2: v2 or v1}  # functions from Options to the value, None for none
 
 
@@ -673,46 +717,45 @@ CPU_PERIOD = 100000  # microseconds: the kernel's default
 # what is written, what is read back, and what the tests and the README are held against.
 LIMITS = (
     Limit("-m --memory", "SIZE", parse_memory, "memory limit: bytes, or with b, k, m, g, t",
-          "memory", "memory.limit_in_bytes", "memory.max", lambda o: o.memory),
+          "memory", "memory.limit_in_bytes", "memory.max"),
     Limit("--memory-swap", "SIZE", parse_memory_swap,
           "memory plus swap; -1 = unlimited (default: twice the memory)",
-          "memory", "memory.memsw.limit_in_bytes", "memory.swap.max",
-          lambda o: o.memory_swap, swap_of),
+          "memory", "memory.memsw.limit_in_bytes", "memory.swap.max", v2=swap_of),
     Limit("--memory-swappiness", "N", whole_number(0, 100),
           "0 to 100; cgroup v2 has 0 only, which is no swap",
-          "memory", "memory.swappiness", "memory.swap.max", lambda o: o.memory_swappiness),
+          "memory", "memory.swappiness", "memory.swap.max"),
     Limit("-c --cpu-shares --cpushare", "N", whole_number(2, 262144),
           "CPU weight against others, 1024 = normal", "cpu", "cpu.shares", "cpu.weight",
-          lambda o: o.cpu_shares, lambda o: o.cpu_shares and shares_to_weight(o.cpu_shares)),
+          v2=lambda o: o.cpu_shares and shares_to_weight(o.cpu_shares)),
     Limit("--cpus", "N", parse_cpus, "at most this many CPUs' worth of time, such as 0.5",
           "cpu", "cpu.cfs_quota_us", "cpu.max", lambda o: o.cpus and round(o.cpus * CPU_PERIOD),
           lambda o: o.cpus and f"{round(o.cpus * CPU_PERIOD)} {CPU_PERIOD}"),
     Limit("--cpuset-cpus --cpuset", "LIST", parse_list, "run on these CPUs only, such as 0-1,3",
-          "cpuset", "cpuset.cpus", "cpuset.cpus", lambda o: o.cpuset_cpus),
+          "cpuset", "cpuset.cpus", "cpuset.cpus"),
     Limit("--cpuset-mems", "LIST", parse_list, "use memory of these NUMA nodes only",
-          "cpuset", "cpuset.mems", "cpuset.mems", lambda o: o.cpuset_mems),
+          "cpuset", "cpuset.mems", "cpuset.mems"),
     Limit("--pids-limit", "N", parse_pids_limit,
           "at most N processes and threads (default: 2048); -1 = no limit",
-          "pids", "pids.max", "pids.max", lambda o: None if o.pids_limit == -1 else o.pids_limit),
+          "pids", "pids.max", "pids.max"),
 )  # fmt: skip
 
 # ---- Cgroups: what it may use --------------------------------------------------------------------
 
-DELEGATE_HINT = (
-    "as root, or in a cgroup of your own: "
-    "systemd-run --user --scope -p Delegate=yes python3 mydocker.py run ..."
-)
+
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Unavailable(Failure):
-    """No cgroup can be had here: the end of a run that asked for a limit, no matter to another."""
+    """No cgroup can be had here. Fatal when a limit was asked for; otherwise the run goes on without."""
 
-    def __init__(self, message: str, hint: str = DELEGATE_HINT) -> None:
-        super().__init__(message, hint)
+    hint = (
+        "as root, or in a cgroup of your own: "
+        "systemd-run --user --scope -p Delegate=yes python3 mydocker.py run ..."
+    )
 
 
 class Hierarchy:
-    """One mounted tree of cgroups: v2 has one, here called "", v1 one for each controller, or a few."""
+    """One mounted tree of cgroups: v2 has one, with the key ""; v1 one per controller or group of them."""
 
     def __init__(self, controllers: str, top: str, own: str) -> None:
         self.version = 1 if controllers else 2
@@ -753,7 +796,7 @@ def find_hierarchies() -> "dict[str, Hierarchy]":
 
 def start_time(pid: "int | str") -> str:
     """Return when process `pid` started, in ticks since boot. See proc_pid_stat(5)."""
-    why = "its start time tells a process from a later one with its number"
+    why = "numbers are used again: pid and start time together name one process"
     return read_file(f"/proc/{pid}/stat", why).rpartition(")")[2].split()[19]
 
 
@@ -768,8 +811,9 @@ def is_alive(pid: str, started: str) -> bool:
 class Cgroups:
     """The cgroups of one container: PARENT/mydocker/NAME.PID.STARTTIME in each hierarchy with a limit.
 
-    Two levels, because systemd sets the controllers of the level below its own anew at every
-    daemon-reload: with one a limit would vanish without a word, with two the kernel refuses that.
+    Two levels, because systemd rewrites its own cgroup.subtree_control at every daemon-reload. With one
+    level below it our controllers, and so the limits, would vanish without a word; with a second that
+    has them enabled the kernel refuses to take them away ("top-down constraint" in cgroup-v2.rst).
     PID and start time are those of run(): a later run sees by them whose leftovers it may sweep.
     Runs outside.
     """
@@ -778,22 +822,22 @@ class Cgroups:
         self.options = options
         self.name = f"{options.name or options.id}.{os.getpid()}.{start_time('self')}"
         self.used: "list[Hierarchy]" = []
-        self.join_files: "list[tuple[str, int]]" = []  # init writes "0" to each, which moves the writer
-        self.left = ""  # our own cgroup, when we had to leave it for a leaf below
+        # of those we have a cgroup in, each with a file: init writes "0" to it, which moves the writer
+        self.joins: "list[tuple[Hierarchy, int]]" = []
+        self.leaf = ""  # the leaf below our own cgroup, when we had to move there
 
     def create(self) -> None:
         """Make the cgroups, write every limit, read it back, open the files to join by. Raises Failure."""
         found = find_hierarchies()
-        wanted: "list[Hierarchy]" = []
         for limit in LIMITS:
             hierarchy = found.get(limit.controller) or found.get("")
-            value = limit.values[hierarchy.version](self.options) if hierarchy else None
-            if hierarchy is None and self.is_asked(limit.dest):
+            if hierarchy:
+                value = limit.values[hierarchy.version](self.options)
+                if value is not None:
+                    hierarchy.rows.append((limit, str(value)))
+            elif self.is_asked(limit.dest):
                 raise Unavailable(f"{limit.long}: no cgroup hierarchy is mounted")
-            if hierarchy and value is not None:
-                hierarchy.rows.append((limit, str(value)))
-                if hierarchy not in wanted:
-                    wanted.append(hierarchy)
+        wanted = [hierarchy for hierarchy in dict.fromkeys(found.values()) if hierarchy.rows]
         if "" in found and not any(hierarchy.version == 1 for hierarchy in wanted):
             wanted = [found[""]]  # on v2 always: so the container sees a cgroup of its own
         if not wanted and self.is_asked("cgroup_parent"):
@@ -808,21 +852,19 @@ class Cgroups:
             # v1 "tasks": a thread that moves itself is spared a wait for the kernel's RCU, 5 to 20 ms
             path = f"{hierarchy.directory}/{'tasks' if hierarchy.version == 1 else 'cgroup.procs'}"
             fd = call("open", path, O_WRONLY, why="init will join the cgroup by it: it sees no path to it")
-            self.join_files.append((path, fd))
+            self.joins.append((hierarchy, fd))
 
     def hurry_join(self) -> None:
-        """Pay the wait of the first move ahead, on v2, where a cgroup.procs takes a lock by RCU: 5 to 20 ms.
+        """On v2 wait for the kernel's cgroup lock now, while init makes its mounts.
 
-        A second write soon after need not wait. So run() moves itself, to where it is, while init has
-        its mounts to make, and init's own move goes through at once.
+        The first write to any cgroup.procs waits 5 to 20 ms for an RCU grace period; one soon after does
+        not. So run() writes itself into the cgroup that it is in, which changes nothing, and init's own
+        write goes through at once.
         """
-        for hierarchy in self.used:
-            if hierarchy.directory and hierarchy.version == 2:
-                try:
-                    own = f"{hierarchy.own}/mydocker-run.{os.getpid()}" if self.left else hierarchy.own
-                    write_file(f"{own}/cgroup.procs", "0", "let the kernel get ready for init's move")
-                except OSError:
-                    pass  # not ours to move in: init will wait instead
+        for hierarchy, _ in self.joins:
+            if hierarchy.version == 2:
+                path = f"{self.leaf or hierarchy.own}/cgroup.procs"  # where it is not ours, init will wait
+                attempt(write_file, path, "0", "let the kernel get ready for init's move")
 
     def is_asked(self, *names: str) -> bool:
         """Tell whether one of these options was given, and is not only a default."""
@@ -836,8 +878,8 @@ class Cgroups:
             available = read_file(f"{source}/cgroup.controllers", "which are there").split()
             for limit, _ in hierarchy.rows:
                 if limit.controller not in available and self.is_asked(limit.dest):
-                    text = f"{limit.long}: {source} has no {limit.controller} controller, but: "
-                    raise Unavailable(text + (" ".join(available) or "none"), "as root there may be more")
+                    text = f"{limit.long}: {source} has no {limit.controller} controller (it has: "
+                    raise Unavailable(f"{text}{' '.join(available) or 'none'})", "as root there may be more")
             hierarchy.rows = [row for row in hierarchy.rows if row[0].controller in available]
             if parent == hierarchy.own and parent != hierarchy.top:
                 self.leave(parent)
@@ -856,25 +898,21 @@ class Cgroups:
             self.set_limit(limit, value, hierarchy)
 
     def make_directory(self, hierarchy: Hierarchy) -> None:
-        """Make the shared cgroup and our own in it, before anything else: that keeps it there.
+        """Make the shared cgroup, and ours in it: from then on no other run can remove the shared one.
 
-        Or come back without our own, when another run has ended in between and taken the shared along.
+        `directory` stays "" when one did between the two mkdir calls; the caller tries again.
         """
+        own = f"{hierarchy.shared}/{self.name}"
         try:
             if not os.path.isdir(hierarchy.shared):
                 call("mkdir", hierarchy.shared, MODE_755, why="the cgroup above all containers")
-        except CallError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise Unavailable(str(error)) from None
-            if error.errno != errno.EEXIST:  # which says that another run was faster
-                raise
-        try:
-            own = f"{hierarchy.shared}/{self.name}"
             call("mkdir", own, MODE_755, why="the container's own cgroup")
             hierarchy.directory = own
         except CallError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):
-                raise
+            if error.errno in NOT_OURS:
+                raise Unavailable(str(error)) from None
+            if error.errno not in (errno.EEXIST, errno.ENOENT, errno.ENODEV):
+                raise  # those: another run was faster to make the shared one, or has just removed it
 
     def find_parent(self, hierarchy: Hierarchy) -> str:
         """Return the cgroup below which ours goes. Raises Unavailable when none is ours to use."""
@@ -897,28 +935,24 @@ class Cgroups:
         """Move run() itself to a leaf: v2 hands controllers down only from a cgroup without processes."""
         leaf = f"{own}/mydocker-run.{os.getpid()}"
         call("mkdir", leaf, MODE_755, why="a leaf for run(): processes and controllers do not mix")
-        self.left = own
+        self.leaf = leaf
         write_file(f"{leaf}/cgroup.procs", "0", "move there")
 
     def check_neighbours(self, shared: str) -> None:
         """Refuse a --name in use, and sweep empty cgroups whose run() was killed.
 
-        At most 16 are looked at in a run, so that a crowd does not slow the start. Two runs that
-        take one name at the same moment may both be refused, but never both go on.
+        At most 16 are looked at in a run, so that a crowd does not slow the start. Of two runs that
+        take one name at the same moment both may be refused; never do both go on.
         """
-        entries = [entry for entry in os.listdir(shared) if entry != self.name]
-        entries = [entry for entry in entries if is_number("".join(entry.rsplit(".", 2)[1:]))]
-        begin = os.getpid() % (len(entries) or 1)
-        for entry in (entries[begin:] + entries[:begin])[:16]:
-            _, pid, started = entry.rsplit(".", 2)
+        rows = [entry.rsplit(".", 2) for entry in os.listdir(shared) if entry != self.name]
+        rows = [row for row in rows if len(row) == 3 and all(map(is_number, row[1:]))]
+        begin = os.getpid() % (len(rows) or 1)
+        for name, pid, started in (rows[begin:] + rows[:begin])[:16]:
             if not is_alive(pid, started):
-                try:
-                    call("rmdir", f"{shared}/{entry}", why="sweep: the run that made it is dead")
-                except OSError:
-                    pass  # not empty, or swept by another run
-        for entry in entries if self.options.name else ():
-            name, pid, started = entry.rsplit(".", 2)
-            if name == self.options.name and is_alive(pid, started):
+                path = f"{shared}/{name}.{pid}.{started}"  # which may be in use, or swept by another run
+                attempt(call, "rmdir", path, why="sweep: the run that made it is dead")
+        for name, pid, started in rows:
+            if name and name == self.options.name and is_alive(pid, started):
                 raise Failure(f"--name {name}: in use by the container of process {pid}")
 
     def set_limit(self, limit: Limit, value: str, hierarchy: Hierarchy) -> None:
@@ -949,13 +983,13 @@ class Cgroups:
         elif limit.controller == "cpuset":
             same = expand_list(value) == expand_list(back)
         if not same:
-            raise Failure(f"{limit.long}: the kernel made {back} of {value} in {path}")
+            raise Failure(f"{limit.long}: the kernel set {back} instead of {value} in {path}")
 
     def report(self, container: "Container") -> None:
-        """Say which limits were hit: the end of a child is easily overlooked. Runs outside, at the end."""
+        """Say which limits were hit: that a child was killed is easily overlooked. Runs at the end."""
         files_bytes = container.count_file_bytes()
-        for hierarchy in self.used:
-            for limit, _ in hierarchy.rows if hierarchy.directory else ():
+        for hierarchy, _ in self.joins:
+            for limit, _ in hierarchy.rows:
                 if limit.dest == "memory":
                     self.report_memory(hierarchy, files_bytes)
                 elif limit.dest == "pids_limit":
@@ -977,38 +1011,31 @@ class Cgroups:
             text += " at the limit of a cgroup above"  # that of a service, or a job
         else:
             text += f" at the {show_size(self.options.memory)} limit"
-        try:
-            peak = read_file(f"{hierarchy.directory}/{peak_file}", "how far it went")
+        peak = attempt(read_file, f"{hierarchy.directory}/{peak_file}", "how far it went")
+        if peak:  # memory.peak came with Linux 5.19
             text += f" (peak {show_size(int(peak))})"
-        except OSError:
-            pass  # memory.peak came with Linux 5.19
         if files_bytes > self.options.memory // 4:
             text += f"; {show_size(files_bytes)} of it are files in the writable layer and /dev/shm"
         log.warning(text)
 
     def remove(self) -> None:
-        """Remove what create() made, be it half. Never raises: the status is the command's."""
+        """Remove what create() made, even if it stopped half-way. Never raises."""
         for hierarchy in self.used:
             if hierarchy.directory:
-                try:
-                    call("rmdir", hierarchy.directory, why="remove the container's cgroup")
-                except OSError as error:
-                    log.warning(str(error))
-            try:
-                call("rmdir", hierarchy.shared, why="remove the one above if we were the last")
-            except OSError:
-                pass  # others are in it
-        if self.left:
-            own, leaf = self.left, f"{self.left}/mydocker-run.{os.getpid()}"
-            try:
-                handed = read_file(f"{own}/cgroup.subtree_control", "what is handed down").split()
-                if handed:
-                    text = " ".join("-" + name for name in handed)
-                    write_file(f"{own}/cgroup.subtree_control", text, "hand nothing down any more")
-                write_file(f"{own}/cgroup.procs", "0", "move back")
-                call("rmdir", leaf, why="remove the leaf of run()")
-            except OSError as error:
-                log.warning(str(error))
+                tolerate(call, "rmdir", hierarchy.directory, why="remove the container's cgroup")
+            attempt(call, "rmdir", hierarchy.shared, why="remove the one above if we were the last")
+        if self.leaf:
+            tolerate(self.go_back)
+
+    def go_back(self) -> None:
+        """Undo leave(): a cgroup that hands something down takes no process. Raises CallError."""
+        own = os.path.dirname(self.leaf)
+        handed = read_file(f"{own}/cgroup.subtree_control", "what is handed down").split()
+        if handed:
+            text = " ".join("-" + name for name in handed)
+            write_file(f"{own}/cgroup.subtree_control", text, "hand nothing down any more")
+        write_file(f"{own}/cgroup.procs", "0", "move back")
+        call("rmdir", self.leaf, why="remove the leaf of run()")
 
 
 def is_delegated(cgroup: str) -> bool:
@@ -1016,7 +1043,8 @@ def is_delegated(cgroup: str) -> bool:
     if os.geteuid():
         files = ("", "cgroup.procs", "cgroup.subtree_control")
         return all(os.access(f"{cgroup}/{file}", os.W_OK) for file in files)
-    # root may write everywhere; systemd marks what it gave away with Delegate=yes, also to others
+    # to root everything is writable, which proves nothing: systemd marks what it gave away by Delegate=yes,
+    # and if it gave it to another user, he owns it
     marks = os.listxattr(cgroup)
     return ("trusted.delegate" in marks or "user.delegate" in marks) and os.stat(cgroup).st_uid == 0
 
@@ -1027,10 +1055,10 @@ def is_alone(cgroup: str) -> bool:
 
 
 def find_managed(hierarchy: Hierarchy) -> str:
-    """Return the v2 cgroup above our own if a manager such as Slurm divides it, and not systemd; or "".
+    """Return the v2 cgroup above our own if a manager such as Slurm divides it; "" if systemd itself does.
 
-    There, beside our own, the limits of the job hold for the container as well, and run() stays
-    where the manager looks for it, to signal it.
+    Ours goes there, beside our own, so that the limits of the job hold for the container as well, and
+    run() stays where the manager looks for it, to signal it.
     """
     above = level = os.path.dirname(hierarchy.own)
     while len(level) > len(hierarchy.top):
@@ -1044,7 +1072,7 @@ def find_managed(hierarchy: Hierarchy) -> str:
 def hand_down(controllers: "set[str]", top: str, cgroup: str) -> None:
     """Enable v2 controllers for what is below `cgroup`: they have to be handed down from the top."""
     level = top
-    for name in ["", *cgroup[len(top) :].strip("/").split("/")]:
+    for name in cgroup[len(top) :].split("/"):
         level = os.path.join(level, name).rstrip("/")
         path = f"{level}/cgroup.subtree_control"
         missing = controllers.difference(read_file(path, "what is handed down").split())
@@ -1056,7 +1084,7 @@ def hand_down(controllers: "set[str]", top: str, cgroup: str) -> None:
                 if error.errno == errno.EBUSY:
                     raise Unavailable(f"{level} has processes, so it can hand no controller down",
                                       "--cgroup-parent names another") from None  # fmt: skip
-                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                if error.errno in NOT_OURS:
                     raise Unavailable(str(error)) from None
                 raise
 
@@ -1071,11 +1099,8 @@ def inherit_cpuset(cgroup: str) -> None:
 
 def read_counts(path: str) -> "dict[str, int]":
     """Return the numbers of a cgroup's file of `key value` lines; none when there is no such file."""
-    try:
-        lines = read_file(path, "what happened").splitlines()
-        return {key: int(value) for key, value in (line.split() for line in lines)}
-    except OSError:
-        return {}
+    words = (attempt(read_file, path, "what happened") or "").split()
+    return dict(zip(words[::2], map(int, words[1::2])))
 
 
 def show_size(size: float) -> str:
@@ -1108,6 +1133,8 @@ PRIVATE_PATHS = ("/proc", "/sys", "/dev", "/run")
 PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devpts devtmpfs
     efivarfs fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs
     tracefs""".split()
+# A mount that is covered by another, or a user's FUSE mount, which is closed even to root
+UNREACHABLE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
 SCRATCH = "/tmp"  # a directory that every host has: ours are mounted over it, in our namespace only
 TMPFS_FLAGS = MS_NOSUID | MS_NODEV
 NO_FILES = MS_NOSUID | MS_NODEV | MS_NOEXEC  # for filesystems of which nothing is to be executed
@@ -1122,6 +1149,7 @@ def open_in_root(path: str, why: str, create: str = "") -> int:
     descriptor) is refused. Runs in init, after pivot_root. Raises CallError, Failure.
     """
     stack = [open_path("/", why, O_PATH_DIR)]
+    inside = f"{why}: {path} in the container"
     proc, links = os.stat("/proc").st_dev, 0
     names = path.split("/")[::-1]
     try:
@@ -1131,7 +1159,8 @@ def open_in_root(path: str, why: str, create: str = "") -> int:
                 os.close(stack.pop())
             if name in ("", ".", ".."):
                 continue
-            stack.append(open_component(name, why, stack[-1], "dir" if create and any(names) else create))
+            kind = "dir" if create and any(names) else create
+            stack.append(open_component(name, inside, stack[-1], kind))
             status = os.fstat(stack[-1])
             if stat.S_ISLNK(status.st_mode):
                 links += 1
@@ -1145,10 +1174,6 @@ def open_in_root(path: str, why: str, create: str = "") -> int:
                     os.close(stack.pop())
                 names += text.split("/")[::-1]
         return stack.pop()
-    except CallError as error:
-        if error.why == why:
-            error.why = f"{why}: {path} in the container"
-        raise
     finally:
         for fd in stack:
             os.close(fd)
@@ -1157,20 +1182,25 @@ def open_in_root(path: str, why: str, create: str = "") -> int:
 def open_target(path: str, create: str, options: Options, why: str) -> int:
     """Return a descriptor, as open_in_root() does, for a place that may be mounted on.
 
-    The root may not: there the old one lies, on top of which the mount would go, to be detached in
-    its place. Nor may /proc, where what we read must come from the kernel, nor the directories of
-    the devices, through which run() opens our terminal.
+    The root may not: the old root is still stacked there; the mount would land on top of it, and be
+    what umount2() then detaches in place of the old root. Nor may /proc, where what we read must come
+    from the kernel, nor, but for --privileged -v /dev:/dev, what we and run() open null and the
+    terminal by: /dev, /dev/null and what is in /dev/pts.
     """
     fd = open_in_root(path, why, create)
     status = os.fstat(fd)
-    ours = ("/",) if options.privileged else ("/", "/dev", "/dev/pts")
-    if status.st_dev == os.stat("/proc").st_dev or any(os.path.samestat(status, os.stat(p)) for p in ours):
+    ours, kernels = ["/"], ["/proc"]
+    if options.tty or not options.privileged:
+        ours, kernels = ["/", "/dev", "/dev/null"], ["/proc", "/dev/pts"]
+    is_ours = any(os.path.samestat(status, os.stat(place)) for place in ours)
+    if is_ours or status.st_dev in [os.stat(place).st_dev for place in kernels]:
         os.close(fd)
-        raise Failure(f"{why}: {path} in the container is the root, /dev or in /proc: refused")
+        raise Failure(f"{why}: {path} in the container is the root, /dev, /dev/null, "
+                      "or in /proc or /dev/pts: refused")  # fmt: skip
     return fd
 
 
-def open_component(name: str, why: str, dir_fd: int, create: str) -> int:
+def open_component(name: str, why: str, dir_fd: "int | None", create: str) -> int:
     """Return an O_PATH descriptor for `name` in the directory `dir_fd`, following no link."""
     try:
         return open_path(name, why, O_PATH | O_NOFOLLOW, dir_fd)
@@ -1190,7 +1220,7 @@ def create_file(path: str, why: str, dir_fd: "int | None" = None) -> None:
 
 
 def exists(path: str) -> bool:
-    """Tell whether `path` exists. To os.path.exists every error is a no, and so a path left unmasked."""
+    """Tell whether `path` exists. os.path.exists() says no to every error, and what is to be hidden stays."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -1200,14 +1230,10 @@ def exists(path: str) -> bool:
 
 def open_mount_point(path: str) -> int:
     """Return a descriptor for /proc, /sys, /dev or /run in the new root; a symlink there is refused."""
-    if not os.path.lexists(path):
-        call("mkdir", path, MODE_755, why="the rootfs has none")
-    try:
-        return open_path(path, "where to mount", O_PATH_DIR | O_NOFOLLOW)
-    except CallError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise Failure(f"{path} in the rootfs is not a directory (a symlink?): refused") from None
-        raise
+    fd = open_component(path, "where to mount", None, "dir")
+    if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        raise Failure(f"{path} in the rootfs is not a directory (a symlink?): refused")
+    return fd
 
 
 def mount_setattr(fd: int, flags: Flag, why: str) -> None:
@@ -1226,10 +1252,10 @@ def mount_setattr(fd: int, flags: Flag, why: str) -> None:
 def remount_each(fd: int, flags: Flag, why: str) -> None:
     """Do the work of mount_setattr before Linux 5.12: remount what is below one by one.
 
-    Each keeps the flags that it has: in a user namespace those of the host's mounts are locked.
+    Each keeps the flags that it has: in a user namespace those of the host's mounts are locked, and a
+    remount without one of them is refused with EPERM.
     """
-    words = {"ro": MS_RDONLY, "nosuid": MS_NOSUID, "nodev": MS_NODEV, "noexec": MS_NOEXEC}
-    words.update(noatime=MS_NOATIME, nodiratime=MS_NODIRATIME, relatime=MS_RELATIME)
+    words = dict(MOUNT_WORDS, noatime=MS_NOATIME, nodiratime=MS_NODIRATIME, relatime=MS_RELATIME)
     below = {mount_id(fd)}
     for number, parent, _, point, options, _, _ in read_mountinfo():
         if number in below or parent in below:
@@ -1237,7 +1263,7 @@ def remount_each(fd: int, flags: Flag, why: str) -> None:
             try:
                 place = open_path(point, why)
             except CallError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+                if error.errno not in UNREACHABLE:
                     raise
                 continue  # covered, or beyond a directory that neither we nor the container may enter
             if mount_id(place) == number:  # else it is covered by another, where nobody can reach it
@@ -1259,9 +1285,10 @@ def mount_overlay(
 ) -> None:
     """Mount on `target` the directories `lowers`, topmost first, with a writable layer in `layer`.
 
-    What is written goes to upper + `suffix`, a directory of `layer`; those below are never changed.
-    All are named through descriptors, so no name can bring in an option of its own. See overlayfs.rst
-    of the kernel.
+    `lowers` are overlay's lowerdirs, which are never changed; what is written goes to its upperdir,
+    upper + `suffix` in `layer`; its workdir, beside that, is where it prepares a file before it moves it
+    there. All are named through descriptors, so no name can bring in an option of its own. See
+    overlayfs.rst of the kernel.
     """
     upper_and_work = []
     for name in ("upper" + suffix, "work" + suffix):
@@ -1278,16 +1305,9 @@ def mount_overlay(
     upper, work = upper_and_work
     data = f"lowerdir={':'.join(map(at, lowers))},upperdir={at(upper)},workdir={at(work)}"
     if options.rootless:
-        data += ",userxattr"  # what overlay notes on files: trusted.* attributes take the host's root
+        data += ",userxattr"  # overlay marks files by xattrs: trusted.* takes the host's root
     try:
         mount("overlay", target, "overlay", nodev(options), data, why)
-    except CallError as error:
-        hints = {
-            errno.ENODEV: "this kernel lacks overlay; on the host: modprobe overlay",
-            errno.EPERM: "overlay in a user namespace needs Linux 5.11; with sudo it works before",
-            errno.EINVAL: "overlay cannot have its layers on overlay (a container in a container)",
-        }
-        raise Failure(str(error), hints.get(error.errno or 0, "")) from None
     finally:
         os.close(upper)
         os.close(work)
@@ -1300,21 +1320,20 @@ def nodev(options: Options) -> Flag:
 
 def open_host_mounts() -> "list[tuple[str, int]]":
     """Return (path, descriptor) of each filesystem below / that holds files, parents first."""
-    points = set()
-    for _, _, _, point, _, fstype, _ in read_mountinfo():
-        if point != "/" and fstype not in PSEUDO_FILESYSTEMS and not is_below(point, PRIVATE_PATHS):
-            points.add(point)
     found = []
-    for point in sorted(points):
+    for number, _, _, point, _, fstype, _ in sorted(read_mountinfo(), key=lambda row: row[3]):
+        if point == "/" or fstype in PSEUDO_FILESYSTEMS or is_below(point, PRIVATE_PATHS):
+            continue
         try:
             fd = open_path(point, "a filesystem of the host")
-            os.stat(at(fd))
-            found.append((point, fd))
+            if mount_id(fd) == number:  # else it is covered by another mount, which may be the host's proc
+                os.stat(at(fd))
+                found.append((point, fd))
         except OSError as error:
             if error.errno in (errno.ENOTCONN, errno.ESTALE, errno.EIO):  # its server or disk is dead
                 log.warning(f"the host's {point} cannot be shown inside: {error.strerror}")
-            elif error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
-                raise  # and those: covered by another mount, or a user's FUSE, which not even root may see
+            elif error.errno not in UNREACHABLE:
+                raise
     return found
 
 
@@ -1332,10 +1351,12 @@ class HostFiles:
         self.lowers = [open_path(path, "a lowerdir of the overlay", O_PATH_DIR) for path in rootfs]
         self.filesystems = [] if options.rootfs or options.rootless else open_host_mounts()
         self.devices = [(f"/dev/{name}", open_path(f"/dev/{name}", "for /dev inside")) for name in DEVICES]
-        self.volumes = [(open_path(source, f"--volume {source}"), target, read_only)
-                        for source, target, read_only in options.volume]  # fmt: skip
         names = filter(exists, ("/etc/resolv.conf", "/etc/hosts") if host_network else ())
-        self.resolver = [(open_path(name, "--network host"), name) for name in names]
+        volumes = [("--network host:", name, name, True) for name in names]  # before those of the user
+        volumes += [("--volume", *volume) for volume in options.volume]
+        self.volumes = [(open_path(source, f"{what} {source}"), target, read_only, f"{what} {target}")
+                        for what, source, target, read_only in volumes]  # fmt: skip
+        self.layer = open_path(layer_of(options), "the --upperdir", O_PATH_DIR) if options.upperdir else -1
         self.sys = -1
         if host_network and options.rootless:  # only the owner of a network namespace may mount its sysfs
             self.sys = open_path("/sys", "the host's, as is the network")
@@ -1345,38 +1366,35 @@ def enter_rootfs(options: Options) -> None:
     """Assemble the container's root, make it "/", let go of the host's. See pivot_root(2).
 
     What is needed of the host is opened before anything is covered; everything inside is made only
-    after the root is entered, where absolute symlinks cannot lead out. The old root stays attached
-    until the last bind from it, on top of the new one: "/" leads below it, "/.." would lead to it.
+    after the root is entered, where absolute symlinks cannot lead out.
+
+    pivot_root(".", ".") takes the directory we stand in for both arguments: it becomes the root, and the
+    old root is stacked on top of it. A path from "/" starts at the new one, underneath; only "/.." would
+    climb onto the old. It stays there because the binds come from it, and goes last: umount2(".") follows
+    "." up to what is mounted on top.
     """
     host = HostFiles(options)
     layer = mount_new_root(options, host)
     call("chdir", SCRATCH, why="stand in the new root")
-    try:
-        why = 'the new root is "/"; the old one lies on top of it, where only "/.." would lead'
-        call("pivot_root", ".", ".", why=why)
-    except CallError as error:
-        hint = "the root here is an initramfs or a chroot, which pivot_root cannot put aside"
-        raise Failure(str(error), hint if error.errno == errno.EINVAL else "") from None
+    why = 'the new root becomes "/"; the old one is mounted on top of it, until umount2'
+    call("pivot_root", ".", ".", why=why)
     mount_proc()
-    for path, fd in host.filesystems:
-        mount_host_filesystem(path, fd, layer, options)
+    shown = [mount_host_filesystem(path, fd, layer, options) for path, fd in host.filesystems]
     mount_dev(options, host.devices)
     mount_sys(options, host.sys)
     if not options.rootfs:
-        fd = open_mount_point("/run")
-        mount("tmpfs", at(fd), "tmpfs", TMPFS_FLAGS, "mode=755", "the host's has sockets")
+        place = at(open_mount_point("/run"))
+        mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=755", "the host's has sockets")
         if options.rootless:
-            fd = open_mount_point("/tmp")
-            mount("tmpfs", at(fd), "tmpfs", TMPFS_FLAGS, "mode=1777", "a writable place")
-    mount_options(options, host.volumes)
-    for fd, name in host.resolver:
-        bind(fd, name, True, options, f"--network host: {name}")
+            place = at(open_mount_point("/tmp"))
+            mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=1777", "a writable place")
+    mount_volumes(options, host.volumes)
     call("umount2", ".", MNT_DETACH, why="let go of the old root: nothing of the host is here any more")
     if not os.path.samestat(os.stat("/.."), os.stat("/")):
         raise Failure("the old root is still there")
-    if options.read_only:
+    for place in ["/", *map(at, shown)] if options.read_only else ():  # last: mount points are made there
         flags = MS_REMOUNT | MS_BIND | MS_RDONLY | nodev(options)
-        mount(None, "/", None, flags, None, "--read-only: the root, not what is mounted on it")
+        mount(None, place, None, flags, None, "--read-only: not what is mounted on it")
     if not options.privileged:
         mask_paths()
 
@@ -1391,53 +1409,60 @@ def mount_new_root(options: Options, host: HostFiles) -> int:
         os.close(fd)
         log.warning("without root the host's files are read-only inside, but for an own /tmp and /run")
         return -1
-    layer = open_path(options.upperdir, "the --upperdir", O_PATH_DIR) if options.upperdir else -1
     why = "memory for what is written: it goes with the container"
     mount("tmpfs", SCRATCH, "tmpfs", TMPFS_FLAGS, "mode=700", why)
-    if layer < 0:
-        layer = open_path(SCRATCH, "the writable layer", O_PATH_DIR)
+    layer = host.layer if options.upperdir else open_path(SCRATCH, "the writable layer", O_PATH_DIR)
     why = f"the new root: {'the rootfs' if options.rootfs else 'the host'} with a writable layer"
     mount_overlay(host.lowers, layer, "", SCRATCH, options, why)
     return layer
 
 
-def mount_host_filesystem(path: str, lower: int, layer: int, options: Options) -> None:
-    """Show a filesystem of the host like its root: with a writable layer, else read-only."""
+def mount_host_filesystem(path: str, lower: int, layer: int, options: Options) -> int:
+    """Show a filesystem of the host like its root: with a writable layer, else read-only.
+
+    Return a descriptor of what is shown.
+    """
+    why, done = f"the host's {path}", False
     if stat.S_ISDIR(os.stat(at(lower)).st_mode):
         suffix = path.replace("%", "%25").replace("/", "%2F")
-        target = open_in_root(path, "host view", "dir")
+        target = open_in_root(path, why, "dir")
         try:
-            mount_overlay([lower], layer, suffix, at(target), options, f"the host's {path}")
-            return
-        except Failure:
-            pass  # overlay takes no directory of this filesystem, such as FAT
-        finally:
-            os.close(target)
-    bind(lower, path, True, options, f"the host's {path}")
+            mount_overlay([lower], layer, suffix, at(target), options, why)
+            done = True
+        except CallError as error:  # EINVAL: overlay takes no directory of this filesystem, such as FAT
+            if error.errno not in (errno.EINVAL, errno.ENAMETOOLONG):  # and that: the suffix is too long
+                raise
+        os.close(target)
+    if not done:
+        bind(lower, path, True, options, why, NO_FLAGS)
+    return open_in_root(path, why)
 
 
-def mount_options(options: Options, volumes: "list[tuple[int, str, bool]]") -> None:
+def mount_volumes(options: Options, volumes: "list[tuple[int, str, bool, str]]") -> None:
     """Mount what --tmpfs and --volume ask for; parents first, whatever the order they came in."""
-    steps = [(target, -1, False, flags, data) for target, flags, data in options.tmpfs]
-    steps += [(target, fd, read_only, 0, "") for fd, target, read_only in volumes]
-    for target, source, read_only, flags, data in sorted(steps, key=lambda step: step[0].count("/")):
+    steps = [(target, -1, False, f"--tmpfs {target}", flags, data) for target, flags, data in options.tmpfs]
+    steps += [(target, fd, read_only, why, 0, "") for fd, target, read_only, why in volumes]
+    for target, source, read_only, why, flags, data in sorted(steps, key=lambda step: step[0].count("/")):
         if source < 0:
-            fd = open_target(target, "dir", options, f"--tmpfs {target}")
-            mount("tmpfs", at(fd), "tmpfs", flags | nodev(options), data, f"--tmpfs {target}")
+            fd = open_target(target, "dir", options, why)
+            mount("tmpfs", at(fd), "tmpfs", flags | nodev(options), data, why)
             os.close(fd)
         else:
-            bind(source, target, read_only, options, f"--volume {target}")
+            bind(source, target, read_only, options, why)
 
 
-def bind(source: int, target: str, read_only: bool, options: Options, why: str) -> None:
-    """Show what is behind `source` at `target` inside, made in the writable layer if missing."""
+def bind(source: int, target: str, read_only: bool, options: Options, why: str, rec: Flag = MS_REC) -> None:
+    """Show what is behind `source` at `target` inside, made in the writable layer if missing.
+
+    With MS_REC in `rec`, and with what is mounted below it.
+    """
     status = os.stat(at(source))
     fd = open_target(target, "dir" if stat.S_ISDIR(status.st_mode) else "file", options, why)
-    mount(at(source), at(fd), None, MS_BIND | MS_REC, None, why)
+    mount(at(source), at(fd), None, MS_BIND | rec, None, why)
     os.close(fd)
     flags = nodev(options) | (MS_RDONLY if read_only else NO_FLAGS)
     if flags:
-        fd = open_in_root(target, why)  # anew: the first descriptor is of what is covered now
+        fd = open_in_root(target, why)  # anew: the first descriptor refers to what the mount now covers
         if not os.path.samestat(status, os.fstat(fd)):  # in a volume that others write to as well
             raise Failure(f"{why}: {target} was exchanged meanwhile: refused")
         mount_setattr(fd, flags, why)
@@ -1445,7 +1470,10 @@ def bind(source: int, target: str, read_only: bool, options: Options, why: str) 
 
 
 def mount_proc() -> None:
-    """Mount the container's /proc, first of all: other mounts name their places by /proc/self/fd."""
+    """Mount the container's /proc, first of all: other mounts name their places by /proc/self/fd.
+
+    It shows the pid namespace of whoever mounts it. See proc(5).
+    """
     fd = open_mount_point("/proc")
     call("fchdir", fd, why="stand where it goes")
     mount("proc", ".", "proc", NO_FILES, None, "the processes of the new pid namespace")
@@ -1454,10 +1482,10 @@ def mount_proc() -> None:
 
 
 def mount_dev(options: Options, devices: "list[tuple[str, int]]") -> None:
-    """Mount /dev: harmless devices, bound from the host, and a terminal system of its own.
+    """Mount /dev: harmless devices, bound from the host, and a devpts of its own. See pts(4).
 
-    Bound and not made with mknod: so even /dev can be nodev, and whatever node root makes inside,
-    it can be opened nowhere.
+    Bound, not made with mknod: a bind keeps the flags of the host's /dev, so the container's own can be
+    nodev, and a node that root makes inside can be opened nowhere.
     """
     flags = MS_NOSUID | MS_STRICTATIME | nodev(options)
     mount("tmpfs", at(open_mount_point("/dev")), "tmpfs", flags, "mode=755,size=64m", "no device of the host")
@@ -1504,9 +1532,12 @@ def mask_paths() -> None:
 def mount_cgroup(hierarchies: "list[Hierarchy]") -> None:
     """Mount /sys/fs/cgroup, read-only. Runs in init, in a cgroup namespace: its root is our cgroup."""
     top, flags, why = "/sys/fs/cgroup", MS_RDONLY | NO_FILES, "the container's own cgroup, nothing above"
+    if not hierarchies:
+        if os.listdir(top):  # that of the host, whose /sys --network host shows without root
+            mount("tmpfs", top, "tmpfs", flags, "size=0", "hide the host's")
+        return
     if not any(hierarchy.controllers for hierarchy in hierarchies):
-        if hierarchies:
-            mount("cgroup2", top, "cgroup2", flags, None, why)
+        mount("cgroup2", top, "cgroup2", flags, None, why)
         return
     mount("tmpfs", top, "tmpfs", NO_FILES, "mode=755,size=64k", "a place for each v1 hierarchy")
     for hierarchy in hierarchies:
@@ -1525,9 +1556,12 @@ DEFAULT_CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID 
     NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE""".split()
 
 # Refused calls, name:x86_64:generic ("-": there is none; aarch64, riscv64 and loongarch64 share one
-# table). The key is the capability with which Docker allows them; "" is none. It is Docker's default
-# profile turned around: what that does not allow.
+# table). The key names the capabilities with any of which Docker allows them; "" is none. It is
+# Docker's default profile turned around: what that does not allow.
 REFUSED_CALLS = {
+    "SYS_ADMIN BPF": "bpf:321:280",
+    "SYS_ADMIN PERFMON": "perf_event_open:298:241",
+    "SYS_ADMIN SYSLOG": "syslog:103:116",
     "SYS_ADMIN": """mount:165:40 umount2:166:39 sethostname:170:161 setdomainname:171:162
         quotactl:179:60 lookup_dcookie:212:18 unshare:272:97 fanotify_init:300:262 setns:308:268
         open_tree:428:428 move_mount:429:429 fsopen:430:430 fsconfig:431:431 fsmount:432:432
@@ -1542,19 +1576,16 @@ REFUSED_CALLS = {
     "SYS_RAWIO": "iopl:172:- ioperm:173:-",
     "SYS_TIME": "settimeofday:164:170 clock_settime:227:112",
     "SYS_TTY_CONFIG": "vhangup:153:58",
-    "BPF": "bpf:321:280",
     "DAC_READ_SEARCH": "open_by_handle_at:304:265",
-    "PERFMON": "perf_event_open:298:241",
-    "SYSLOG": "syslog:103:116",
-    "": """ustat:136:- sysfs:139:- pivot_root:155:41 _sysctl:156:- swapon:167:224 swapoff:168:225
+    "": """uselib:134:- ustat:136:- sysfs:139:- pivot_root:155:41 _sysctl:156:- swapon:167:224 swapoff:168:225
         kexec_load:246:104 add_key:248:217 request_key:249:218 keyctl:250:219 migrate_pages:256:238
         move_pages:279:239 kexec_file_load:320:294 userfaultfd:323:282 io_uring_setup:425:425
         io_uring_enter:426:426 io_uring_register:427:427""",
 }
 # Numbers that nobody has looked at here yet answer ENOSYS: those above the newest known call (x32's
 # too, which have bit 30 set), and those of the gap that the kernel has begun to fill
-LAST_CALL, GAP_FROM, GAP_TO = 466, (337, 295), 423
-# clone3 has its flags behind a pointer, where no filter can look; told ENOSYS, libc takes clone
+LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
+# clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc falls back to clone
 CLONE3 = 435
 # Judged by the low 32 bits of an argument, which are all that the kernel looks at, too
 CLONE, SOCKET, PERSONALITY, IOCTL = (56, 220), (41, 198), (135, 92), (16, 29)
@@ -1569,36 +1600,34 @@ def seccomp_filter(kept: "set[str]") -> bytes:
 
     Classic BPF, <linux/bpf_common.h>, over struct seccomp_data: the number at offset 0, the
     architecture at 4, six 64-bit arguments from 16. A step is (code, how far to jump if true, if
-    false, value). `kept` are the capabilities with whose calls it is lenient.
+    false, value), counted from the next step. Calls that take a capability in `kept` are let through.
     """
     # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_JGE, BPF_JSET, BPF_RET
     load, equal, at_least, any_bit, verdict = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, unknown = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
-    column, architecture = MACHINES[os.uname().machine]
 
-    def if_so(test: int, value: int, result: int) -> "list[tuple[int, int, int, int]]":
-        return [(test, 0, 1, value), (verdict, 0, 0, result)]  # when not, jump over the verdict
+    def if_so(test: int, result: int, *values: int) -> "list[tuple[int, int, int, int]]":
+        # when the test fails, jump over the verdict
+        return [step for value in values for step in ((test, 0, 1, value), (verdict, 0, 0, result))]
 
-    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (verdict, 0, 0, unknown), (load, 0, 0, 0)]
-    program += if_so(at_least, LAST_CALL + 1, unknown) + if_so(equal, CLONE3, unknown)
-    program += [(at_least, 2, 0, GAP_TO + 1), *if_so(at_least, GAP_FROM[column], unknown)]
-    for capability, calls in REFUSED_CALLS.items():
-        for row in calls.split() if capability not in kept else ():
-            number = row.split(":")[1 + column]
+    program = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURE), (verdict, 0, 0, unknown), (load, 0, 0, 0)]
+    program += if_so(at_least, unknown, LAST_CALL + 1)
+    program += [(at_least, 2, 0, GAP_TO + 1), *if_so(at_least, unknown, GAP_FROM[COLUMN])]
+    for capabilities, calls in REFUSED_CALLS.items():
+        for row in calls.split() if kept.isdisjoint(capabilities.split()) else ():
+            number = row.split(":")[1 + COLUMN]
             if number != "-":
-                program += if_so(equal, int(number), refuse)
-    personalities = [step for value in ALLOWED_PERSONALITIES for step in if_so(equal, value, allow)]
-    families = [step for value in REFUSED_FAMILIES for step in if_so(equal, value, refuse)]
-    requests = [step for value in REFUSED_REQUESTS for step in if_so(equal, value, refuse)]
-    namespaces = if_so(any_bit, NAMESPACE_FLAGS, refuse) if "SYS_ADMIN" not in kept else []
+                program += if_so(equal, refuse, int(number))
+    if "SYS_ADMIN" not in kept:
+        program += if_so(equal, unknown, CLONE3)
     for numbers, argument, tests in (
-        (CLONE, 0, namespaces),
-        (SOCKET, 0, families),
-        (PERSONALITY, 0, [*personalities, (verdict, 0, 0, refuse)]),
-        (IOCTL, 1, requests),
+        (CLONE, 0, [] if "SYS_ADMIN" in kept else if_so(any_bit, refuse, NAMESPACE_FLAGS)),
+        (SOCKET, 0, if_so(equal, refuse, *REFUSED_FAMILIES)),
+        (PERSONALITY, 0, [*if_so(equal, allow, *ALLOWED_PERSONALITIES), (verdict, 0, 0, refuse)]),
+        (IOCTL, 1, if_so(equal, refuse, *REFUSED_REQUESTS)),
     ):
         body = [(load, 0, 0, 16 + 8 * argument), *tests, (verdict, 0, 0, allow)]
-        program += [(equal, 0, len(body), numbers[column]), *body]
+        program += [(equal, 0, len(body), numbers[COLUMN]), *body]
     program.append((verdict, 0, 0, allow))
     return b"".join(struct.pack("HBBI", *step) for step in program)  # struct sock_filter
 
@@ -1610,7 +1639,7 @@ def find_kept_capabilities(options: Options) -> "set[str]":
         kept = {"ALL", *CAPABILITIES}
     if "ALL" in options.cap_drop:
         kept = set()
-    return (kept | {name for name in options.cap_add if name != "ALL"}) - set(options.cap_drop)
+    return (kept | set(options.cap_add)) - set(options.cap_drop)
 
 
 def join_session_keyring() -> None:
@@ -1630,7 +1659,7 @@ def cut_bounding_set(kept: "set[str]") -> None:
     """
     last = int(read_file("/proc/sys/kernel/cap_last_cap", "how many there are"))
     for number in range(last + 1):
-        name = CAPABILITIES[number] if number < len(CAPABILITIES) else "ALL"
+        name = ALL_CAPABILITIES[number]
         if name not in kept:
             flag = Flag("CAP_" + name, number)
             call("prctl", PR_CAPBSET_DROP, flag, 0, 0, 0, why="nobody inside can get it any more")
@@ -1640,15 +1669,14 @@ def set_capabilities(kept: "set[str]") -> int:
     """Reduce effective and permitted to `kept`, as far as we have it; return that as a bit set.
 
     After a change to another user there is nothing left: the kernel took it. Inheritable and, with
-    it, ambient are emptied: they are what a caller can hand on to a program that is not root's.
+    it, ambient are emptied: through them the caller's capabilities would survive execve.
     See capset(2).
     """
     header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3; this thread
     current = ctypes.create_string_buffer(24)
     call("capget", header, current, why="which capabilities are there")
     words = struct.unpack("6I", current.raw)  # effective, permitted, inheritable; twice 32 bits
-    names = CAPABILITIES + ["ALL"] * 64
-    wanted = sum(1 << number for number in range(64) if names[number] in kept)
+    wanted = sum(1 << number for number, name in enumerate(ALL_CAPABILITIES) if name in kept)
     low, high = words[1] & wanted, words[4] & wanted >> 32
     data = struct.pack("6I", low, low, 0, high, high, 0)
     call("capset", header, data, why="keep these capabilities and no others")
@@ -1664,9 +1692,13 @@ def read_inside(path: str) -> "list[list[str]]":
             return []
         raise
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):  # to open a FIFO would be to wait for its writer
-            raise Failure(f"{path} in the container is not a regular file")
-        return [line.split(":") for line in read_file(at(fd), "look up the user").split("\n")]
+        status = os.fstat(fd)
+        # to open a FIFO would be to wait for its writer, to read /proc/kmsg for the next message
+        kernels = [os.stat(place).st_dev for place in ("/proc", "/sys")]
+        if not stat.S_ISREG(status.st_mode) or status.st_dev in kernels or status.st_size > 1 << 20:
+            raise Failure(f"{path} in the container is not a regular file of at most 1 MiB")
+        lines = read_file(at(fd), f"look up the user in {path}").split("\n")
+        return [line.split(":") for line in lines if "\0" not in line]
     finally:
         os.close(fd)
 
@@ -1692,14 +1724,14 @@ def find_user(options: Options) -> "tuple[int, int, list[int], str]":
 def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -> None:
     """Give up, for good, what the command is not to have. Runs in init, last before execve.
 
-    In this order: cutting the bounding set takes CAP_SETPCAP, which a change of user takes away, and
-    the filter comes last because it would refuse the calls before it. See credentials(7).
+    In this order: cutting the bounding set needs CAP_SETPCAP, which a change of user takes away; the
+    filter comes last because it refuses calls made before it, keyctl among them. See credentials(7).
     """
     kept = find_kept_capabilities(options)
     join_session_keyring()
     cut_bounding_set(kept)
     try:
-        if not options.rootless:  # there it is denied: a group may be what keeps somebody out
+        if not options.rootless:  # there it is denied: to leave a group that a file shuts out is to get in
             call("setgroups", groups, why="its groups, none of the caller's")
         call("setresgid", gid, gid, gid, why="its group")
         call("setresuid", uid, uid, uid, why="its user")
@@ -1745,22 +1777,24 @@ class Pipes:
         self.own_reader = -1  # of the status pipe, in init_by_hand(): there is no run()
 
 
-def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int]") -> None:
+def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int]") -> Failure:
     """Turn this process, just forked into a new pid namespace, into the container.
 
-    Returns only when that has failed, and run() has been told through the status pipe.
+    Returns only when that has failed: the failure.
     """
     log.side = "init"
     try:
+        # first: whatever is done here is to end with run(), also when SIGKILL ends that at this moment
         call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, why="die with the parent, whatever kills it")
         os.close(pipes.command_write)  # or the read of the command would never see EOF
         os.close(pipes.status_read)
         os.umask(0o022)
-        call("setsid", why="a session of its own, without the caller's terminal")
+        call("setsid", why="a session of its own: /dev/tty is not the caller's terminal, Ctrl-C not for us")
         flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC
         if options.network == "none":
             flags = flags | CLONE_NEWNET
         call("unshare", flags, why="mounts, host name, System V IPC, network: its own from here on")
+        # systemd has made "/" shared: without this every mount below would show up on the host, and stay
         mount(None, "/", None, MS_REC | MS_PRIVATE, None, "no mount made here may reach the host")
         enter_rootfs(options)
         hostname = options.hostname or options.id
@@ -1777,25 +1811,24 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
         uid, gid, groups, home = find_user(options)
         attach_stdio(options, uid)
         enter_workdir(options)
+        env = environment(options, hostname, home)
+        for path in find_command(argv[0], env["PATH"]):
+            refuse_own_interpreter(path)
         close_all((pipes.status_write, pipes.own_reader, log.fd))
         drop_privileges(options, uid, gid, groups)
-        if is_orphan(pipes):  # since before PR_SET_PDEATHSIG could have told
+        if is_orphan(pipes):  # run() died before PR_SET_PDEATHSIG was set: then no signal comes
             os._exit(EXIT_MYDOCKER)
         restore_signals(caller_mask)
-        execute(argv, environment(options, hostname, home))
-    except Failure as error:
-        failure = error
-    except OSError as error:
-        failure = Failure(describe(error))
-    except BaseException as error:  # a mistake in this file: one line even so, and no container
-        failure = Failure(f"internal error: {type(error).__name__}: {error}")
-    tell(failure, pipes.status_write)
+        execute(argv, env)
+    except BaseException as error:  # whatever it is: no container
+        failure = as_failure(error)
+    return failure
 
 
 def told_failure(data: bytes) -> Failure:
     """Return the failure that tell() sent."""
-    status, message, hint = data.decode(errors="surrogateescape").split("\0")
-    return Failure(message, hint, int(status))
+    status, line, message, hint = data.decode(errors="surrogateescape").split("\0")
+    return Failure(message, hint, int(status), int(line))
 
 
 def is_orphan(pipes: Pipes) -> bool:
@@ -1807,7 +1840,7 @@ def is_orphan(pipes: Pipes) -> bool:
 
 def tell(failure: Failure, status_write: int) -> None:
     """Send run() what failed, for it to say and to end with."""
-    text = "\0".join((str(failure.status), failure.message, failure.hint))
+    text = "\0".join((str(failure.status), str(failure.line), failure.message, failure.hint))
     try:
         os.write(status_write, text.encode(errors="surrogateescape"))
     except BrokenPipeError:
@@ -1817,11 +1850,11 @@ def tell(failure: Failure, status_write: int) -> None:
 
 
 def close_all(kept: "tuple[int, ...]") -> None:
-    """Close what the caller left open and what init opened, but for 0 to 2 and `kept`.
+    """Close every descriptor but 0 to 2 and `kept`.
 
-    Close-on-exec would be too late for init's own: while the kernel looks for the command, for what
-    its #! names and for its loader, a symlink to /proc/self/fd/N of a directory of the host still
-    leads out (CVE-2024-21626). Now, because a process that changes its user may not list them.
+    Close-on-exec would be too late: while execve looks up the command, its #! interpreter and its loader,
+    a symlink to /proc/self/fd/N could still lead through a directory of the host that is open here
+    (CVE-2024-21626). Before the change of user, because after it /proc/self/fd may not be listed.
     """
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
@@ -1857,11 +1890,11 @@ def join_cgroups(cgroups: Cgroups) -> None:
     Late, so that this interpreter is not charged and small limits work; before the command's first
     instruction, so that no child of it can be outside.
     """
-    for path, fd in cgroups.join_files:
-        call("write", fd, b"0", why=f'join, "0" is the one who writes ({path})')
+    for hierarchy, fd in cgroups.joins:
+        call("write", fd, b"0", why=f'join, "0" is the one who writes ({hierarchy.directory})')
         os.close(fd)
     call("unshare", CLONE_NEWCGROUP, why="the root of a cgroup namespace is the cgroup it is made in")
-    mount_cgroup([hierarchy for hierarchy in cgroups.used if hierarchy.directory])
+    mount_cgroup([hierarchy for hierarchy, _ in cgroups.joins])
 
 
 def attach_stdio(options: Options, uid: int) -> None:
@@ -1888,11 +1921,13 @@ def enter_workdir(options: Options) -> None:
         chdir_inside(options.workdir, f"--workdir {options.workdir}", "dir")
     elif not options.rootfs:
         private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())
-        try:
-            if not options.cwd or is_below(options.cwd, private):
-                raise Failure("what is there inside is not what the caller sees")
-            chdir_inside(options.cwd, "the caller's directory")
+        try:  # of a private place, what is there inside is not what the caller sees
+            visible = options.cwd and not is_below(options.cwd, private)
+            if visible:
+                chdir_inside(options.cwd, "the caller's directory")
         except (CallError, Failure):
+            visible = False
+        if not visible:
             where = options.cwd or "which is deleted,"
             log.warning(f"the current directory {where} is not visible inside: starting in /")
 
@@ -1909,37 +1944,43 @@ def environment(options: Options, hostname: str, home: str) -> "dict[str, str]":
     env = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, "HOME": home}
     if options.tty:
         env["TERM"] = "xterm"
-    env.update(pair for pair in options.env if pair[0])
+    env.update((name, value) for name, value in options.env if value is not None)
     return env
 
 
 def restore_signals(caller_mask: "set[int]") -> None:
-    """Undo what Python and run() did to signals and execve hands on: ignored ones and the mask."""
+    """Reset what execve would hand on: the signals that Python ignores, and the mask of run()."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a pending one would be a KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
+
+
+def find_command(command: str, path: str) -> "list[str]":
+    """Return where `command` may be: as it is with a slash in it, else in each directory of `path`."""
+    if "/" in command:
+        return [command]
+    return [f"{place or '.'}/{command}" for place in path.split(":") if command]
 
 
 def execute(argv: "list[str]", env: "dict[str, str]") -> None:
     """Become the command, searched for inside, by the container's PATH. Raises Failure when it cannot.
 
     By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
+    See execve(2).
     """
     command, denied = argv[0], ""
-    places = [command] if "/" in command else []
-    if command and not places:
-        places = [f"{place or '.'}/{command}" for place in env["PATH"].split(":")]
-    for path in places:
+    for path in find_command(command, env["PATH"]):
         try:
-            refuse_own_interpreter(path)
             call("execve", path, argv, env, why="become the command, as PID 1 of the container")
-        except OSError as error:
+        except CallError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 if os.path.isfile(path):
-                    what = error.filename or "the ELF loader that it names"
-                    text = f"{path}: its interpreter, {what}, is not in the container"
+                    what: "str | None" = path
+                    while what and os.path.isfile(what):
+                        what = attempt(find_interpreter, what)
+                    text = f"{path}: its interpreter, {what or 'the ELF loader'}, is not in the container"
                     raise Failure(text, status=EXIT_NOT_FOUND) from None
             elif error.errno == errno.EACCES and "/" not in command:
                 denied = path  # a later directory of PATH may have another
@@ -1955,39 +1996,55 @@ def refuse_own_interpreter(path: str) -> None:
     """Refuse what leads to the host's Python by /proc/self/exe: a command, or what its #! names.
 
     Until execve that link of this process is the file that runs mydocker, on the host. Executed with
-    the image's own loader it would be the image's code with a hand on that file (CVE-2019-5736).
-    This check is the protection. Behind it, should a script in a volume be exchanged by somebody
-    outside just after it, stands the kernel: ETXTBSY for whoever would write to a program that runs
-    (tried on Linux 6.1, 6.12 and 6.18), which holds as long as run() lives; no container lives longer.
+    the image's own loader it would be the image's code with a hand on that file (CVE-2019-5736). Done
+    as root: the kernel reads the #! of a script that the command's user may not read. run() looks once
+    more, when it runs, for what leads there by another way: Container.check_program().
     """
-    own = os.stat("/proc/self/exe")
     for _ in range(6):  # one more than the kernel follows
-        status = os.stat(path)
-        if (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino):
-            mounts = set()
-            for place in (path, "/proc/self/exe"):
-                fd = open_path(place, "is it the host's Python")
-                mounts.add(mount_id(fd))
-                os.close(fd)
-            if len(mounts) == 1:  # and not the same file by a mount of our own
-                raise Failure(f"{path}: leads to the program that runs mydocker: refused",
-                              status=EXIT_NOT_EXECUTABLE)  # fmt: skip
-        if not stat.S_ISREG(status.st_mode) or not os.access(path, os.R_OK):
-            return  # what we cannot read is not root's to write, either
-        fd = os.open(path, O_RDONLY)
-        head = os.read(fd, 256)
-        os.close(fd)
-        words = head[2:].partition(b"\n")[0].split()
-        if not head.startswith(b"#!") or not words:
+        try:
+            if is_own_interpreter(path):
+                text = f"{path}: leads to the program that runs mydocker: refused"
+                raise Failure(text, status=EXIT_NOT_EXECUTABLE)
+            path = find_interpreter(path)
+        except OSError:
+            return  # execve will say what is wrong
+        if not path:
             return
-        path = os.fsdecode(words[0])
+
+
+def find_interpreter(path: str) -> str:
+    """Return what the #! of a script names, as the kernel reads it, or "". Raises OSError. See execve(2)."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return ""
+    fd = os.open(path, O_RDONLY)
+    head = os.read(fd, 256)
+    os.close(fd)
+    # up to a newline or a NUL; nothing but spaces and tabs is between words, as it is for bytes.split()
+    words = head[2:].partition(b"\n")[0].partition(b"\0")[0].replace(b"\t", b" ").split(b" ")
+    return os.fsdecode(next(filter(None, words), b"")) if head[:2] == b"#!" else ""
+
+
+def is_own_interpreter(path: str) -> bool:
+    """Tell whether `path` is this process's program: the same file, by the same mount. Raises OSError.
+
+    By another mount, as with the host's /usr in a volume, it is like any other file that is there.
+    """
+    own = "/proc/self/exe"
+    if not os.path.samestat(os.stat(path), os.stat(own)):
+        return False
+    mounts = set()
+    for place in (path, own):
+        fd = open_path(place, "is it the host's Python")
+        mounts.add(mount_id(fd))
+        os.close(fd)
+    return len(mounts) == 1
 
 
 # ---- Terminal: between the container's pty and the caller's -----------------------------------------
 
 
 class Pump:
-    """One direction of the relay: it holds what was read until it can be written, and never blocks.
+    """One direction of the relay: it holds what was read until it can be written; it waits for neither end.
 
     4 KiB at a time: a pty gives no more, and a pipe that polls writable takes as much.
     """
@@ -2040,11 +2097,23 @@ class Pump:
                 log.warning(f"stdout: {error.strerror}")
 
 
+def open_unblocked(fd: int) -> int:
+    """Return a descriptor for the terminal `fd` by which a write does not wait for it; `fd` if it is none.
+
+    A terminal that polls writable can still block (Ctrl-S), and signals would wait with us. Opened anew,
+    because O_NONBLOCK on the caller's own would be seen by all who share it.
+    """
+    if os.isatty(fd):
+        flags = O_WRONLY | os.O_NOCTTY | O_NONBLOCK
+        return attempt(os.open, at(fd), flags) or fd
+    return fd
+
+
 class Terminal:
     """The outside end of the container's terminal.
 
     The pty is made in the container's own devpts, so that it has a name there; only its master is
-    here. The caller's terminal never goes in: who holds a terminal can type into it.
+    here. The caller's terminal never goes in: whoever holds a terminal can type into it (TIOCSTI).
     """
 
     def __init__(self, pid: int, interactive: bool) -> None:
@@ -2055,7 +2124,7 @@ class Terminal:
         call("ioctl", self.master, TIOCSPTLCK, struct.pack("i", 0), why="unlock its other end, pts/0")
         why = "held while the container lives: it may close its terminal and open it again"
         self.other_end = call("ioctl", self.master, TIOCGPTPEER, O_PTY, why=why)
-        self.out = Pump(self.master, 1)
+        self.out = Pump(self.master, open_unblocked(1))
         self.pumps = [self.out]
         self.saved: list = []  # type: ignore[type-arg]  # as tcgetattr has it
         self.resize()
@@ -2077,7 +2146,7 @@ class Terminal:
         characters = characters[:]
         characters[termios.VMIN], characters[termios.VTIME] = 1, 0
         mode = [iflag, oflag & ~termios.OPOST, cflag, lflag, ispeed, ospeed, characters]
-        call("tcsetattr", 0, TCSADRAIN, mode, why="the caller's terminal passes on every key")
+        call("tcsetattr", 0, TCSANOW, mode, why="the caller's terminal passes on every key")
 
     def resize(self) -> None:
         """Give the container's terminal the size of the caller's; the kernel sends SIGWINCH inside."""
@@ -2106,19 +2175,15 @@ class Terminal:
 
     def restore(self) -> None:
         """Put the caller's terminal back as it was. Runs on every way out."""
-        why = "put the caller's terminal back"
-        try:
-            if self.saved:
-                call("tcsetattr", 0, TCSADRAIN, self.saved, why=why)
-        except CallError:  # it will not drain; EIO then: the terminal itself is gone
-            call("tcsetattr", 0, termios.TCSANOW, self.saved, why=why)
+        if self.saved:  # not TCSADRAIN: it waits for a terminal that is stopped
+            call("tcsetattr", 0, TCSANOW, self.saved, why="put the caller's terminal back")
 
 
 # ---- Run: outside -----------------------------------------------------------------------------------
 
-SIGNALS = {int(getattr(signal, name)): name for name in dir(signal) if name[:3] == "SIG" and name[3] != "_"}
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the first of these starts --stop-timeout
-FORWARDED = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+STOPPING = "SIGTERM SIGINT SIGHUP".split()  # the first of these starts --stop-timeout
+LAST_OUTPUT_SECONDS = 1  # for a reader to take it, when the container has been stopped
+FORWARDED = {getattr(signal, name): name for name in [*STOPPING, "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT"]}
 
 
 def watch_signals() -> "tuple[set[int], int]":
@@ -2129,7 +2194,7 @@ def watch_signals() -> "tuple[set[int], int]":
     """
     watched = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
     watched += [signal.SIGCHLD, signal.SIGWINCH]
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some callers have it, nobody would tell
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller may have left it ignored: no word of the end
     caller_mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")
     fd = call("signalfd", -1, sigset, O_CLOEXEC, why="signals as something to poll for")
@@ -2153,7 +2218,8 @@ class Container:
 
     def supervise(self) -> int:
         """Relay signals and terminal until the command has ended; return its wait status."""
-        # signals first: who has ended has told before, so the status polled after it is complete
+        # polled in this order: a process that has ended wrote its status before, so when SIGCHLD is seen,
+        # the pipe looked at after it is complete
         watched = {self.signal_fd: select.POLLIN, self.pipes.status_read: select.POLLIN}
         if not self.options.tty:
             self.send_command()
@@ -2163,7 +2229,7 @@ class Container:
                 fd, events = pump.interest()
                 interests[fd] = interests.get(fd, 0) | events
             ready = poll(interests, self.deadline)
-            # in this order: a signal that came when the command ran already is for the command
+            # taken in this one: a signal that came when the command ran already is for the command
             if ready.get(self.pipes.status_read) and self.read_status():
                 del watched[self.pipes.status_read]
             if ready.get(self.signal_fd):
@@ -2175,8 +2241,11 @@ class Container:
                     self.stop(signal.SIGHUP)
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 self.deadline = None
-                name, timeout = SIGNALS[self.stopped_by], self.options.stop_timeout
-                self.kill(f"{name} did not end it within {timeout:g} s: killed")
+                if self.wstatus is None:
+                    name, timeout = FORWARDED[self.stopped_by], self.options.stop_timeout
+                    self.kill(f"{name} did not end it within {timeout:g} s: killed")
+                elif self.terminal:  # whoever is to read the last output does not
+                    self.terminal.out.ended = True
         return self.wstatus
 
     def send_command(self) -> None:
@@ -2202,11 +2271,22 @@ class Container:
         if data:
             return False
         self.started = not self.told
+        if self.started:
+            self.check_program()
         if self.started and self.options.memory:
             self.hold_files()
         for number in self.early if self.started else ():
             self.forward(number)
         return True
+
+    def check_program(self) -> None:
+        """Kill what came to run on the host's Python past refuse_own_interpreter(): see there.
+
+        By a file exchanged meanwhile, or an interpreter that the host's binfmt_misc names. While run()
+        lives nobody can write to that program, which is running: ETXTBSY (Linux 6.1, 6.12, 6.18).
+        """
+        if attempt(is_own_interpreter, f"/proc/{self.pid}/exe"):  # None: it has ended already
+            self.kill("the command became the program that runs mydocker: killed")
 
     def open_terminal(self) -> None:
         """Open the master of the container's terminal, then let init go on."""
@@ -2220,11 +2300,10 @@ class Container:
 
     def hold_files(self) -> None:
         """Hold the writable layer and /dev/shm open: their size is asked for when the container is gone."""
-        for path in ("", "/dev/shm"):
-            try:
-                self.file_fds.append(os.open(f"/proc/{self.pid}/root{path}", O_PATH_DIR))
-            except OSError:
-                pass  # it has ended already
+        for path in ("/", "/dev/shm"):
+            fd = attempt(os.open, f"/proc/{self.pid}/root{path}", O_PATH_DIR | O_NOFOLLOW)
+            if fd:  # else it has ended already
+                self.file_fds.append(fd)
 
     def count_file_bytes(self) -> int:
         """Return the bytes of memory in the writable layer and /dev/shm, and let go of them."""
@@ -2239,31 +2318,38 @@ class Container:
         """Take the signals that are pending: 128 bytes each, struct signalfd_siginfo."""
         for (number,) in struct.iter_unpack("I124x", os.read(self.signal_fd, 128 * 32)):
             if number == signal.SIGCHLD:
-                pid, wstatus = call("waitpid", self.pid, WNOHANG, why="has the container ended")
-                if pid:
-                    self.wstatus, self.deadline = wstatus, None
-                    if self.terminal:
-                        self.terminal.hang_up()
+                self.reap()
             elif number == signal.SIGWINCH:
                 if self.terminal and self.terminal.pumps:
                     self.terminal.resize()
-            elif number in STOPPING:
+            elif FORWARDED[number] in STOPPING:
                 self.stop(number)
             else:
                 self.forward(number)
+
+    def reap(self) -> None:
+        """Take the wait status if the container has ended. SIGCHLD may come for more: a stop, by kill(1)."""
+        if self.wstatus is None:
+            pid, wstatus = call("waitpid", self.pid, WNOHANG, why="has the container ended")
+            if pid:
+                self.wstatus = wstatus
+                if self.stopped_by:
+                    self.deadline = time.monotonic() + LAST_OUTPUT_SECONDS
+                if self.terminal:
+                    self.terminal.hang_up()
 
     def forward(self, number: int) -> None:
         """Pass a signal on to PID 1; init would ignore it, so it waits for the command."""
         if not self.started:
             self.early.append(number)
         elif self.wstatus is None:
-            call("kill", self.pid, Flag(SIGNALS[number], number), why="pass the signal on")
+            call("kill", self.pid, Flag(FORWARDED[number], number), why="pass the signal on")
 
     def stop(self, number: int) -> None:
         """Pass on the first TERM, INT or HUP and start the timeout; kill at the next TERM or INT."""
-        name = SIGNALS[number]
+        name = FORWARDED[number]
         if self.wstatus is not None:
-            if self.terminal:  # only its last output is still on its way, to somebody who is stuck
+            if self.terminal:  # its last output waits for a reader who is stuck: drop it
                 self.terminal.out.ended = True
         elif self.stopped_by:
             if number != signal.SIGHUP:
@@ -2277,9 +2363,10 @@ class Container:
                 self.kill(f"{name} before the command was started")
 
     def kill(self, message: str) -> None:
-        """Kill the container, and say which step ended it."""
-        log.warning(message)
+        """Kill the container, and say which step ended it: last, as stderr may be a stopped terminal."""
         call("kill", self.pid, SIGKILL, why="with PID 1 the kernel kills all of its namespace")
+        self.deadline = None
+        log.warning(message)
 
     def end(self) -> None:
         """Leave no process and no changed terminal behind, also when run() fails half-way."""
@@ -2307,7 +2394,7 @@ def poll(interests: "dict[int, int]", deadline: "float | None") -> "dict[int, in
 def enter_user_namespace() -> None:
     """Become root of a user namespace, where root is the caller outside. See user_namespaces(7).
 
-    Before the pid namespace, which then belongs to it: that is what permits to make one.
+    Before any other namespace: to make one takes CAP_SYS_ADMIN, which is had in this one only.
     """
     uid, gid = os.geteuid(), os.getegid()
     try:
@@ -2322,22 +2409,10 @@ def enter_user_namespace() -> None:
             ("kernel.unprivileged_userns_clone", "0", "1"),
             ("user.max_user_namespaces", "0", "15000"),
         ):
-            try:
-                path = "/proc/sys/" + setting.replace(".", "/")
-                if read_file(path, "what forbids it").strip() == bad:
-                    hint = f"{setting} = {bad} forbids it: sudo sysctl {setting}={good}, or use sudo"
-            except OSError:
-                pass  # this kernel has no such setting
+            path = "/proc/sys/" + setting.replace(".", "/")  # not every kernel has each of them
+            if (attempt(read_file, path, "what forbids it") or "").strip() == bad:
+                hint = f"{setting} = {bad} forbids it: sudo sysctl {setting}={good}, or use sudo"
         raise Failure(str(error), hint) from None
-
-
-def unshare_pid() -> None:
-    """Have the next child be PID 1 of a new pid namespace. See pid_namespaces(7). Raises Failure."""
-    try:
-        call("unshare", CLONE_NEWPID, why="the next child is PID 1 of a new pid namespace")
-    except CallError as error:
-        hint = "root here lacks CAP_SYS_ADMIN, as in a container that was started without --privileged"
-        raise Failure(str(error), hint if error.errno == errno.EPERM else "") from None
 
 
 def prepare(options: Options) -> None:
@@ -2353,6 +2428,8 @@ def prepare(options: Options) -> None:
     for path in options.rootfs:
         if not os.path.isdir(path):
             raise Failure(f"--rootfs {path}: {'not a' if os.path.lexists(path) else 'no such'} directory")
+        if options.upperdir and is_below(os.path.realpath(options.upperdir), (os.path.realpath(path),)):
+            raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
     for source, target, _ in options.volume:
         if not os.path.exists(source):
             raise Failure(f"--volume {source}:{target}: there is no {source}")
@@ -2361,51 +2438,47 @@ def prepare(options: Options) -> None:
     if options.pidfile and os.path.lexists(options.pidfile):  # one that was left by a killed run
         path = options.pidfile
         if not os.path.isfile(path) or not is_number(read_file(path, "is it a pidfile").strip() or "0"):
-            raise Failure(f"--pidfile {path}: it exists, and is not a pidfile to be replaced")
+            raise Failure(f"--pidfile {path}: it exists and holds something other than a pid: not replaced")
     try:
         options.cwd = os.getcwd()
     except OSError:
         pass  # deleted
 
 
-def lock_upperdir(path: str) -> None:
-    """Make DIR of --upperdir and lock it until this process ends: one container at a time."""
-    why = f"--upperdir {path}"
-    if not os.path.isdir(path):
-        call("makedirs", path, MODE_700, why=why)  # a setuid program in it is nothing for the host's users
-    fd = call("open", path, O_RDONLY, why=why)
+def layer_of(options: Options) -> str:
+    """Return where the layer is in --upperdir: for its owner alone, as it may have setuid programs."""
+    return f"{options.upperdir}/layer"
+
+
+def lock_upperdir(options: Options) -> None:
+    """Make what --upperdir needs and lock it until this process ends: one container at a time."""
+    layer, why = layer_of(options), f"--upperdir {options.upperdir}"
+    if not os.path.isdir(layer):
+        call("makedirs", layer, MODE_700, why=why)
+    fd = call("open", layer, O_RDONLY, why=why)
     try:
         call("flock", fd, LOCK_EX_NB, why=why)
     except CallError as error:
         if error.errno != errno.EWOULDBLOCK:
             raise
-        raise Failure(f"--upperdir {path}: another container is using it") from None
+        raise Failure(f"{why}: another container is using it") from None
 
 
-def write_pidfile(path: str, pid: int) -> str:
-    """Write the host's pid of PID 1: nsenter -t $(cat FILE) -a enters the container. Return `path`."""
+def write_pidfile(path: str, pid: int) -> None:
+    """Write the host's pid of PID 1: nsenter -t $(cat FILE) -a enters the container."""
     fd = call("open", path, O_REPLACE | O_NOFOLLOW, MODE_644, why=f"--pidfile {path}")
     try:
         call("write", fd, b"%d\n" % pid, why=f"--pidfile {path}")
     except CallError:  # a full disk
-        remove_pidfile(path)
+        attempt(remove_pidfile, path)
         raise
     finally:
         os.close(fd)
-    return path
 
 
 def remove_pidfile(path: str) -> None:
     """Remove the file that write_pidfile() wrote. Raises CallError."""
     call("unlink", path, why="the --pidfile of a container that is gone")
-
-
-def tolerate(step, *args) -> None:  # type: ignore[no-untyped-def]
-    """Take a step of the end; make a warning of its failure."""
-    try:
-        step(*args)
-    except OSError as error:
-        log.warning(describe(error))
 
 
 def run(options: Options, argv: "list[str]") -> int:
@@ -2416,24 +2489,25 @@ def run(options: Options, argv: "list[str]") -> int:
     container, pidfile = None, ""
     try:
         if options.upperdir:
-            lock_upperdir(options.upperdir)
+            lock_upperdir(options)
         cgroups.create()
         if options.rootless:
             enter_user_namespace()
-        unshare_pid()
+        call("unshare", CLONE_NEWPID, why="the next child is PID 1 of a new pid namespace")
         pipes = Pipes()
         # nothing is buffered here that the child would write again: all our output is by os.write
         pid = call("fork", why="the child goes on with the code that is here: no second interpreter")
         if pid == 0:
             try:
-                init(options, cgroups, pipes, caller_mask)
+                tell(init(options, cgroups, pipes, caller_mask), pipes.status_write)
             finally:
                 os._exit(EXIT_MYDOCKER)  # a child that went on here would clean up for the parent
         os.close(pipes.command_read)
         os.close(pipes.status_write)  # the other end reads EOF when init's copy is closed, too
         container = Container(options, argv, pid, pipes, signal_fd)
         if options.pidfile:
-            pidfile = write_pidfile(options.pidfile, pid)
+            write_pidfile(options.pidfile, pid)
+            pidfile = options.pidfile
         cgroups.hurry_join()
         wstatus = container.supervise()
     finally:  # whatever fails in here is a warning: the status is the command's
@@ -2455,77 +2529,79 @@ def run(options: Options, argv: "list[str]") -> int:
 # ---- Command line -----------------------------------------------------------------------------------
 
 OPTIONS = (
-    Option("-i --interactive", "", None, "keep stdin open; without it stdin is /dev/null"),
-    Option("-t --tty", "", None, "give the command a terminal of its own"),
+    Option("-i --interactive", "keep stdin open; without it stdin is /dev/null"),
+    Option("-t --tty", "give the command a terminal of its own"),
     *LIMITS,
-    Option("--oom-score-adj", "N", whole_number(-1000, 1000),
-           "-1000 to 1000: whom the kernel kills first when memory runs out"),
-    Option("--rootfs", "DIR", parse_path,
+    Option("--oom-score-adj", "-1000 to 1000: whom the kernel kills first when memory runs out",
+           "N", whole_number(-1000, 1000)),
+    Option("--rootfs",
            "root filesystem, never written to; repeatable, each stacked on those before; "
-           "without it: a throwaway view of the host's files", repeat=True),
-    Option("--upperdir", "DIR", parse_path, "keep what is written in DIR, to go on with it later"),
-    Option("--read-only", "", None, "make the root read-only"),
-    Option("-v --volume", "SRC:DST[:ro]", parse_volume, "show the host's SRC at DST", repeat=True),
-    Option("--tmpfs", "DST[:OPTIONS]", parse_tmpfs,
-           "an empty filesystem in memory; size=, mode=, exec and others", repeat=True),
-    Option("-w --workdir", "DIR", parse_inside, "start in DIR, made if missing"),
-    Option("-e --env", "K[=V]", parse_env,
-           "set an environment variable; K alone copies the caller's", repeat=True),
-    Option("-u --user", "USER[:GROUP]", parse_path, "names in the container's /etc, or numbers"),
-    Option("--hostname", "NAME", parse_name, "host name (default: the container's id)"),
-    Option("--name", "NAME", parse_name, "name of the cgroup; refused while in use"),
-    Option("--network --net", "none|host", one_of("none", "host"),
-           "none: an own network with loopback only (default); host: the host's"),
-    Option("--cap-add", "NAME", parse_capability, "one capability more, or ALL", repeat=True),
-    Option("--cap-drop", "NAME", parse_capability, "one capability less, or ALL", repeat=True),
-    Option("--privileged", "", None,
-           "all capabilities, no seccomp filter, nothing masked: for trusted code"),
-    Option("--pidfile", "FILE", parse_path, "write the command's pid on the host to FILE"),
-    Option("--cgroup-parent", "PATH", parse_cgroup_parent, "make the cgroup below this one"),
-    Option("--stop-timeout", "SECONDS", parse_decimal,
-           "from the first TERM, INT or HUP to the kill (default: 10)"),
-    Option("--explain", "", None, "tell on stderr what is done, call by call, and why"),
-    Option("--log-format", "text|json", one_of("text", "json"), "how mydocker's own lines look"),
+           "without it: a throwaway view of the host's files", "DIR", parse_text, repeat=True),
+    Option("--upperdir", "keep what is written in DIR, to go on with it later", "DIR", parse_text),
+    Option("--read-only", "make the root read-only"),
+    Option("-v --volume", "show the host's SRC at DST", "SRC:DST[:ro]", parse_volume, repeat=True),
+    Option("--tmpfs", "an empty filesystem in memory; size=, mode=, exec and others",
+           "DST[:OPTIONS]", parse_tmpfs, repeat=True),
+    Option("-w --workdir", "start in DIR, made if missing", "DIR", parse_inside),
+    Option("-e --env", "set an environment variable; K alone copies the caller's",
+           "K[=V]", parse_env, repeat=True),
+    Option("-u --user", "names in the container's /etc, or numbers", "USER[:GROUP]", parse_text),
+    Option("--hostname", "host name (default: the container's id)", "NAME", parse_name),
+    Option("--name", "name of the cgroup; refused while in use", "NAME", parse_name),
+    Option("--network --net", "none: one of its own, with loopback only (default); host: the host's",
+           "none|host", one_of("none", "host")),
+    Option("--cap-add", "one capability more, or ALL", "NAME", parse_capability, repeat=True),
+    Option("--cap-drop", "one capability less, or ALL", "NAME", parse_capability, repeat=True),
+    Option("--privileged", "all capabilities, no seccomp filter, nothing masked: for trusted code"),
+    Option("--pidfile", "write the command's pid on the host to FILE", "FILE", parse_text),
+    Option("--cgroup-parent", "make the cgroup below this one", "PATH", parse_cgroup_parent),
+    Option("--stop-timeout", "from the first TERM, INT or HUP to the kill (default: 10)",
+           "SECONDS", parse_decimal),
+    Option("--explain", "tell on stderr what is done, call by call, and why"),
+    Option("--log-format", "how mydocker's own lines look", "text|json", one_of("text", "json")),
 )  # fmt: skip
 
+BY_NAME = {name: option for option in OPTIONS for name in option.names}
 SEE_HELP = "mydocker.py run --help lists the options"
-USAGE = f"usage: mydocker.py run [OPTIONS] COMMAND [ARG...]   ({SEE_HELP})"
+USAGE = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
 
 
 def parse(words: "list[str]", options: Options) -> "list[str]":
     """Fill in the options and return the command of `run`; the first word that is no option begins it.
 
+    Return no command where help is asked for. Raises Failure.
+
     Not by argparse, which takes the command's own words for options (sh -c, stress -m) and costs
     8 ms; it describes the same table in print_help().
     """
-    by_name = {name: option for option in OPTIONS for name in option.names}
     rest = words[::-1]  # reversed: the next word is the last
     while rest and rest[-1].startswith("-") and rest[-1] != "-":
         word = rest.pop()
+        if word in ("-h", "--help"):
+            return []
         if word == "--":
             break
         if word.startswith(("-cpuset", "-cpushare")):  # one dash, as the book has it
             word = "-" + word
         if word.startswith("--"):
             name, equals, value = word.partition("=")
-            take(options, by_name.get(name), name, value if equals else None, rest)
+            take(options, name, value if equals else None, rest)
             continue
         letters = word[1:]
         while letters:  # -ti is -t -i; -m100m, -m=100m and -m 100m are one
             name, letters = "-" + letters[0], letters[1:]
-            if name in by_name and by_name[name].metavar and letters:
-                take(options, by_name.get(name), name, letters[letters[0] == "=" :], rest)
+            if letters and name in BY_NAME and BY_NAME[name].metavar:
+                take(options, name, letters[letters[0] == "=" :], rest)
                 break
-            take(options, by_name.get(name), name, None, rest)
+            take(options, name, None, rest)
     if not rest:
         raise Failure("run: no command given", SEE_HELP)
     return rest[::-1]
 
 
-def take(
-    options: Options, option: "Option | None", name: str, value: "str | None", rest: "list[str]"
-) -> None:
+def take(options: Options, name: str, value: "str | None", rest: "list[str]") -> None:
     """Store one option, with its value from `value` or, when that is None, from the end of `rest`."""
+    option = BY_NAME.get(name)
     if not option:
         raise Failure(f"run: there is no option {name}", SEE_HELP)
     if not option.metavar:
@@ -2552,15 +2628,14 @@ def print_help(of_run: bool) -> None:
     """Describe the command line. argparse is imported here only: nothing else needs it."""
     import argparse
 
-    usage = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
     parser = argparse.ArgumentParser(
         prog="mydocker.py",
-        usage=usage,
+        usage=USAGE,
         description="Run COMMAND in a new container; the first word that is no option begins it.",
         epilog="Exit status: the command's; 125 when mydocker failed, 126 when the command cannot be "
         "executed, 127 when it is not found, 128+n when signal n killed it."
         if of_run
-        else "mydocker.py run --help lists the options.",
+        else f"{SEE_HELP}.",
     )
     if not of_run:
         parser.add_argument("--version", action="version", version=VERSION)
@@ -2591,31 +2666,31 @@ def init_by_hand(words: "list[str]") -> None:
     options, pipes = Options(), Pipes()
     options.cwd, pipes.command_read = os.getcwd(), os.dup(fd)
     pipes.own_reader = os.dup(pipes.status_read)
-    init(options, Cgroups(options), pipes, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-    raise told_failure(os.read(pipes.own_reader, 1 << 16))
+    raise init(options, Cgroups(options), pipes, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
 
 def main(words: "list[str]") -> int:
     """Be the program; return its exit status."""
-    for fd in (0, 1, 2):  # a closed one would be the next that we open, and the command would have it
+    for fd in (0, 1, 2):  # the next file that we open would get the number of a closed one
         try:
             os.fstat(fd)
         except OSError:
             os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)
     try:
-        if os.uname().machine not in MACHINES:
+        if COLUMN < 0:
             raise Failure(f"the system calls of {os.uname().machine} are not known here")
         if not words:
-            log.line("error", USAGE)
+            log.line("error", f"usage: {USAGE}   ({SEE_HELP})")
             return EXIT_MYDOCKER
         command, rest = words[0], words[1:]
-        if command == "run" and rest[:1] not in (["-h"], ["--help"]):
+        if command == "run":
             options = Options()
             try:
                 argv = parse(rest, options)
             finally:  # for the line about what could not be parsed, too
                 log.set_up(options)
-            return run(options, argv)
+            if argv:
+                return run(options, argv)
         if command == "init":
             init_by_hand(rest)
         elif command == "--version":
@@ -2627,17 +2702,12 @@ def main(words: "list[str]") -> int:
         if sys.stdout:  # None when the caller closed it
             sys.stdout.flush()
         return 0
-    except Failure as failure:
-        log.failure(failure)
-        return failure.status
-    except OSError as error:
-        log.failure(Failure(describe(error)))
-        return EXIT_MYDOCKER
     except KeyboardInterrupt:
         return EXIT_SIGNAL + int(signal.SIGINT)
-    except Exception as error:  # a mistake in this file
-        log.failure(Failure(f"internal error: {type(error).__name__}: {error}"))
-        return EXIT_MYDOCKER
+    except Exception as error:
+        failure = as_failure(error)
+        log.failure(failure)
+        return failure.status
 
 
 def main_after_script(*_: object) -> None:

@@ -969,8 +969,9 @@ def test_an_upperdir_that_is_deleted_is_forgotten(busybox):
 
 def test_an_upperdir_is_for_nobody_but_its_owner(busybox):
     """CVE-2021-41091: a setuid program made inside is a file of the host, too."""
-    busybox.out("--upperdir", busybox.dir / "layer", "true")
-    assert stat.S_IMODE((busybox.dir / "layer").stat().st_mode) == 0o700
+    kept = busybox.path("kept", mode=0o777)  # also in a directory that was there before
+    busybox.out("--upperdir", kept, "true")
+    assert [stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir()] == [0o700]
 
 
 def test_an_upperdir_serves_one_container_at_a_time(busybox):
