@@ -59,7 +59,7 @@ except ImportError as missing:
 VERSION = "1.0"
 EXIT_MYDOCKER, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 125, 126, 127, 128  # docker run's
 
-# ---- Constants of the kernel ---------------------------------------------------------------------
+# ---- Constants of the kernel: Flag, CLONE_*, MS_*, O_*, PR_* -------------------------------------
 
 
 class Flag(int):
@@ -150,7 +150,7 @@ TIOCSWINSZ = Flag("TIOCSWINSZ", 0x5414)
 TIOCSPTLCK = Flag("TIOCSPTLCK", 0x40045431)
 TIOCGPTPEER = Flag("TIOCGPTPEER", 0x5441)
 
-# ---- What mydocker says: Failure, CallError, log ---------------------------------------------------
+# ---- What mydocker says: Failure, CallError, Log -------------------------------------------------
 
 
 class Failure(Exception):
@@ -234,7 +234,7 @@ def json_string(text: str) -> str:
 
 log = Log()
 
-# ---- System calls: call() is the one door to the kernel -------------------------------------------
+# ---- System calls: call() is the one door to the kernel ------------------------------------------
 
 MACHINES = {  # uname -m: which column of numbers below, AUDIT_ARCH_* of <linux/audit.h>
     "x86_64": (0, 0xC000003E),
@@ -444,7 +444,7 @@ def read_mountinfo() -> "list[tuple[int, int, str, str, str, str, str]]":
     return rows
 
 
-# ---- Options: what can be asked for --------------------------------------------------------------
+# ---- Options, what can be asked for: LIMITS, OPTIONS, parse --------------------------------------
 
 
 class Options:
@@ -739,7 +739,103 @@ LIMITS = (
           "pids", "pids.max", "pids.max"),
 )  # fmt: skip
 
-# ---- Cgroups: what it may use --------------------------------------------------------------------
+OPTIONS = (
+    Option("-i --interactive", "keep stdin open; without it stdin is /dev/null"),
+    Option("-t --tty", "give the command a terminal of its own"),
+    *LIMITS,
+    Option("--oom-score-adj", "-1000 to 1000: whom the kernel kills first when memory runs out",
+           "N", whole_number(-1000, 1000)),
+    Option("--rootfs",
+           "root filesystem, never written to; repeatable, each stacked on those before; "
+           "without it: a throwaway view of the host's files", "DIR", parse_text, repeat=True),
+    Option("--upperdir", "keep what is written in DIR, to go on with it later", "DIR", parse_text),
+    Option("--read-only", "make the root read-only"),
+    Option("-v --volume", "show the host's SRC at DST", "SRC:DST[:ro]", parse_volume, repeat=True),
+    Option("--tmpfs", "an empty filesystem in memory; size=, mode=, exec and others",
+           "DST[:OPTIONS]", parse_tmpfs, repeat=True),
+    Option("-w --workdir", "start in DIR, made if missing", "DIR", parse_inside),
+    Option("-e --env", "set an environment variable; K alone copies the caller's",
+           "K[=V]", parse_env, repeat=True),
+    Option("-u --user", "names in the container's /etc, or numbers", "USER[:GROUP]", parse_text),
+    Option("--hostname", "host name (default: the container's id)", "NAME", parse_name),
+    Option("--name", "name of the cgroup; refused while in use", "NAME", parse_name),
+    Option("--network --net", "none: one of its own, with loopback only (default); host: the host's",
+           "none|host", one_of("none", "host")),
+    Option("--cap-add", "one capability more, or ALL", "NAME", parse_capability, repeat=True),
+    Option("--cap-drop", "one capability less, or ALL", "NAME", parse_capability, repeat=True),
+    Option("--privileged", "all capabilities, no seccomp filter, nothing masked: for trusted code"),
+    Option("--pidfile", "write the command's pid on the host to FILE", "FILE", parse_text),
+    Option("--cgroup-parent", "make the cgroup below this one", "PATH", parse_cgroup_parent),
+    Option("--stop-timeout", "from the first TERM, INT or HUP to the kill (default: 10)",
+           "SECONDS", parse_decimal),
+    Option("--explain", "tell on stderr what is done, call by call, and why"),
+    Option("--log-format", "how mydocker's own lines look", "text|json", one_of("text", "json")),
+)  # fmt: skip
+
+BY_NAME = {name: option for option in OPTIONS for name in option.names}
+SEE_HELP = "mydocker.py run --help lists the options"
+USAGE = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
+
+
+def parse(words: "list[str]", options: Options) -> "list[str]":
+    """Fill in the options and return the command of `run`; the first word that is no option begins it.
+
+    Return no command where help is asked for. Raises Failure.
+
+    Not by argparse, which takes the command's own words for options (sh -c, stress -m) and costs
+    8 ms; it describes the same table in print_help().
+    """
+    rest = words[::-1]  # reversed: the next word is the last
+    while rest and rest[-1].startswith("-") and rest[-1] != "-":
+        word = rest.pop()
+        if word in ("-h", "--help"):
+            return []
+        if word == "--":
+            break
+        if word.startswith(("-cpuset", "-cpushare")):  # one dash, as the book has it
+            word = "-" + word
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            take(options, name, value if equals else None, rest)
+            continue
+        letters = word[1:]
+        while letters:  # -ti is -t -i; -m100m, -m=100m and -m 100m are one
+            name, letters = "-" + letters[0], letters[1:]
+            if letters and name in BY_NAME and BY_NAME[name].metavar:
+                take(options, name, letters[letters[0] == "=" :], rest)
+                break
+            take(options, name, None, rest)
+    if not rest:
+        raise Failure("run: no command given", SEE_HELP)
+    return rest[::-1]
+
+
+def take(options: Options, name: str, value: "str | None", rest: "list[str]") -> None:
+    """Store one option, with its value from `value` or, when that is None, from the end of `rest`."""
+    option = BY_NAME.get(name)
+    if not option:
+        raise Failure(f"run: there is no option {name}", SEE_HELP)
+    if not option.metavar:
+        if value is not None:
+            raise Failure(f"run: {name} takes no value")
+        setattr(options, option.dest, True)
+        return
+    if value is None:
+        if not rest:
+            raise Failure(f"run: {name} needs a value: {option.metavar}")
+        value = rest.pop()
+    try:
+        parsed = option.parse(value)
+    except ValueError as error:
+        raise Failure(f"run: {name}: {error}") from None
+    if option.repeat:
+        getattr(options, option.dest).append(parsed)
+    else:
+        setattr(options, option.dest, parsed)
+    options.asked.add(option.dest)
+
+
+# ---- Cgroups, what it may use: Hierarchy, Cgroups ------------------------------------------------
 
 
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -1112,7 +1208,7 @@ def show_size(size: float) -> str:
     return f"{size:.1f}".replace(".0", "") + " " + units[-1]
 
 
-# ---- Root filesystem: what it has. Runs in init, in a mount namespace of its own -------------------
+# ---- Root filesystem, what it has: enter_rootfs. In init, in a mount namespace of its own --------
 
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEVICE_LINKS = {
@@ -1137,7 +1233,7 @@ PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs d
 UNREACHABLE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
 SCRATCH = "/tmp"  # a directory that every host has: ours are mounted over it, in our namespace only
 TMPFS_FLAGS = MS_NOSUID | MS_NODEV
-NO_FILES = MS_NOSUID | MS_NODEV | MS_NOEXEC  # for filesystems of which nothing is to be executed
+INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC  # for filesystems of which nothing is to be executed
 
 
 def open_in_root(path: str, why: str, create: str = "") -> int:
@@ -1476,7 +1572,7 @@ def mount_proc() -> None:
     """
     fd = open_mount_point("/proc")
     call("fchdir", fd, why="stand where it goes")
-    mount("proc", ".", "proc", NO_FILES, None, "the processes of the new pid namespace")
+    mount("proc", ".", "proc", INERT, None, "the processes of the new pid namespace")
     call("chdir", "/", why="back to the root")
     os.close(fd)
 
@@ -1499,8 +1595,8 @@ def mount_dev(options: Options, devices: "list[tuple[str, int]]") -> None:
     flags = MS_NOSUID | MS_NOEXEC
     data = "newinstance,ptmxmode=0666,mode=0620" + ("" if options.rootless else ",gid=5")  # tty
     mount("devpts", "/dev/pts", "devpts", flags, data, "terminals of its own, numbered from 0")
-    mount("shm", "/dev/shm", "tmpfs", NO_FILES, "mode=1777,size=64m", "POSIX shared memory")
-    mount("mqueue", "/dev/mqueue", "mqueue", NO_FILES, None, "POSIX queues of the ipc namespace")
+    mount("shm", "/dev/shm", "tmpfs", INERT, "mode=1777,size=64m", "POSIX shared memory")
+    mount("mqueue", "/dev/mqueue", "mqueue", INERT, None, "POSIX queues of the ipc namespace")
     if options.tty:
         create_file("/dev/console", "where to bind the terminal")
 
@@ -1508,7 +1604,7 @@ def mount_dev(options: Options, devices: "list[tuple[str, int]]") -> None:
 def mount_sys(options: Options, host_sys: int) -> None:
     """Mount /sys, read-only: its network part is the container's, the hardware is the host's."""
     fd = open_mount_point("/sys")
-    flags = NO_FILES | (NO_FLAGS if options.privileged else MS_RDONLY)
+    flags = INERT | (NO_FLAGS if options.privileged else MS_RDONLY)
     if host_sys < 0:
         mount("sysfs", at(fd), "sysfs", flags, None, "devices as the network namespace has them")
     else:  # only the owner of a network namespace may mount its sysfs
@@ -1521,17 +1617,17 @@ def mask_paths() -> None:
     """Hide what tells of the host, freeze what would change the one kernel that all share."""
     for path in filter(exists, MASKED_PATHS):
         if stat.S_ISDIR(os.stat(path).st_mode):
-            mount("tmpfs", path, "tmpfs", MS_RDONLY | NO_FILES, "size=0", "hide this directory")
+            mount("tmpfs", path, "tmpfs", MS_RDONLY | INERT, "size=0", "hide this directory")
         else:
             mount("/dev/null", path, None, MS_BIND, None, "hide this file")
     for path in filter(exists, READ_ONLY_PATHS):
         mount(path, path, None, MS_BIND | MS_REC, None, "a mount of its own, with flags of its own")
-        mount(None, path, None, MS_REMOUNT | MS_BIND | MS_RDONLY | NO_FILES, None, "make it read-only")
+        mount(None, path, None, MS_REMOUNT | MS_BIND | MS_RDONLY | INERT, None, "make it read-only")
 
 
 def mount_cgroup(hierarchies: "list[Hierarchy]") -> None:
     """Mount /sys/fs/cgroup, read-only. Runs in init, in a cgroup namespace: its root is our cgroup."""
-    top, flags, why = "/sys/fs/cgroup", MS_RDONLY | NO_FILES, "the container's own cgroup, nothing above"
+    top, flags, why = "/sys/fs/cgroup", MS_RDONLY | INERT, "the container's own cgroup, nothing above"
     if not hierarchies:
         if os.listdir(top):  # that of the host, whose /sys --network host shows without root
             mount("tmpfs", top, "tmpfs", flags, "size=0", "hide the host's")
@@ -1539,7 +1635,7 @@ def mount_cgroup(hierarchies: "list[Hierarchy]") -> None:
     if not any(hierarchy.controllers for hierarchy in hierarchies):
         mount("cgroup2", top, "cgroup2", flags, None, why)
         return
-    mount("tmpfs", top, "tmpfs", NO_FILES, "mode=755,size=64k", "a place for each v1 hierarchy")
+    mount("tmpfs", top, "tmpfs", INERT, "mode=755,size=64k", "a place for each v1 hierarchy")
     for hierarchy in hierarchies:
         place = f"{top}/{hierarchy.controllers}"
         call("mkdir", place, MODE_755, why="where to mount it")
@@ -1549,7 +1645,7 @@ def mount_cgroup(hierarchies: "list[Hierarchy]") -> None:
     mount(None, top, None, MS_REMOUNT | MS_BIND | flags, None, "it is complete")
 
 
-# ---- Isolation: what it may ask for ----------------------------------------------------------------
+# ---- Isolation, what it may ask for: seccomp_filter, drop_privileges -----------------------------
 
 # What the container's root keeps: Docker's 14. MKNOD does no harm where every mount is nodev.
 DEFAULT_CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP
@@ -1587,7 +1683,8 @@ REFUSED_CALLS = {
 LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
 # clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc falls back to clone
 CLONE3 = 435
-# Judged by the low 32 bits of an argument, which are all that the kernel looks at, too
+# Judged by the low 32 bits of an argument, which are all that the kernel looks at, too; the numbers
+# are those of x86_64 and of the others, as above
 CLONE, SOCKET, PERSONALITY, IOCTL = (56, 220), (41, 198), (135, 92), (16, 29)
 NAMESPACE_FLAGS = 0x7E020000  # all CLONE_NEW*: in a user namespace of its own, root has powers again
 REFUSED_FAMILIES = (38, 40)  # AF_ALG, AF_VSOCK: no namespace divides them
@@ -1754,19 +1851,17 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
         call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, where, 0, 0, why=why)
 
 
-# ---- Init: PID 1, inside, until it becomes the command ----------------------------------------------
+# ---- Init, inside, PID 1 until it becomes the command: init, execute -----------------------------
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
 TERMINAL_READY = b"T"  # on the status pipe: the devpts is there
 
 
 class Pipes:
     """The two pipes between run() and init(): the command goes in, what failed comes back.
 
-    The command is argv, a NUL after each word, then EOF. The status is, with -t, TERMINAL_READY;
-    then EOF when init has become the command, else exit status, message and hint, a NUL between.
+    The command is argv, a NUL after each word, then EOF, which says go. The status is, with -t,
+    TERMINAL_READY; then EOF, which says that init has become the command, else what send_failure() sends.
     """
 
     def __init__(self) -> None:
@@ -1775,6 +1870,23 @@ class Pipes:
         why = "carries a failure of init back; a successful execve closes it"
         self.status_read, self.status_write = call("pipe2", O_CLOEXEC, why=why)
         self.own_reader = -1  # of the status pipe, in init_by_hand(): there is no run()
+
+
+def send_failure(failure: Failure, status_write: int) -> None:
+    """Send run() what failed, for it to say and to end with: status, line, message, hint, a NUL between."""
+    text = "\0".join((str(failure.status), str(failure.line), failure.message, failure.hint))
+    try:
+        os.write(status_write, text.encode(errors="surrogateescape"))
+    except BrokenPipeError:
+        pass  # run() is dead, and so are we in a moment
+    except OSError:
+        log.failure(failure)  # better by ourselves than not at all
+
+
+def parse_failure(data: bytes) -> Failure:
+    """Return the failure that send_failure() sent."""
+    status, line, message, hint = data.decode(errors="surrogateescape").split("\0")
+    return Failure(message, hint, int(status), int(line))
 
 
 def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int]") -> Failure:
@@ -1825,28 +1937,11 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
     return failure
 
 
-def told_failure(data: bytes) -> Failure:
-    """Return the failure that tell() sent."""
-    status, line, message, hint = data.decode(errors="surrogateescape").split("\0")
-    return Failure(message, hint, int(status), int(line))
-
-
 def is_orphan(pipes: Pipes) -> bool:
     """Tell whether run() is dead: then the status pipe has no reader, which is POLLERR. See poll(2)."""
     poll = select.poll()
     poll.register(pipes.status_write, 0)
     return bool(poll.poll(0))
-
-
-def tell(failure: Failure, status_write: int) -> None:
-    """Send run() what failed, for it to say and to end with."""
-    text = "\0".join((str(failure.status), str(failure.line), failure.message, failure.hint))
-    try:
-        os.write(status_write, text.encode(errors="surrogateescape"))
-    except BrokenPipeError:
-        pass  # run() is dead, and so are we in a moment
-    except OSError:
-        log.failure(failure)  # better by ourselves than not at all
 
 
 def close_all(kept: "tuple[int, ...]") -> None:
@@ -2040,7 +2135,7 @@ def is_own_interpreter(path: str) -> bool:
     return len(mounts) == 1
 
 
-# ---- Terminal: between the container's pty and the caller's -----------------------------------------
+# ---- Terminal, between the container's pty and the caller's: Pump, Terminal ----------------------
 
 
 class Pump:
@@ -2123,7 +2218,7 @@ class Terminal:
         self.master = call("open", path, flags, why="the master of a new pty in the container's devpts")
         call("ioctl", self.master, TIOCSPTLCK, struct.pack("i", 0), why="unlock its other end, pts/0")
         why = "held while the container lives: it may close its terminal and open it again"
-        self.other_end = call("ioctl", self.master, TIOCGPTPEER, O_PTY, why=why)
+        self.peer = call("ioctl", self.master, TIOCGPTPEER, O_PTY, why=why)
         self.out = Pump(self.master, open_unblocked(1))
         self.pumps = [self.out]
         self.saved: list = []  # type: ignore[type-arg]  # as tcgetattr has it
@@ -2164,10 +2259,10 @@ class Terminal:
     def hang_up(self) -> None:
         """Let the master read its end: the container is gone, and what it wrote last is still to come."""
         if self.pumps:
-            os.close(self.other_end)
+            os.close(self.peer)
             self.pumps = [self.out]
 
-    def cut(self) -> None:
+    def disconnect(self) -> None:
         """Close the terminal under the container, as when a window is closed: who writes gets EIO."""
         self.hang_up()
         os.close(self.master)
@@ -2179,7 +2274,7 @@ class Terminal:
             call("tcsetattr", 0, TCSANOW, self.saved, why="put the caller's terminal back")
 
 
-# ---- Run: outside -----------------------------------------------------------------------------------
+# ---- Run, outside: Container, run ----------------------------------------------------------------
 
 STOPPING = "SIGTERM SIGINT SIGHUP".split()  # the first of these starts --stop-timeout
 LAST_OUTPUT_SECONDS = 1  # for a reader to take it, when the container has been stopped
@@ -2208,9 +2303,9 @@ class Container:
         self.options, self.argv, self.pid = options, argv, pid
         self.pipes, self.signal_fd = pipes, signal_fd
         self.wstatus: "int | None" = None  # as wait(2) has it; None while the container lives
-        self.told = b""  # what init sent through the status pipe
+        self.received = b""  # what init sent through the status pipe
         self.started = False  # it has become the command
-        self.early: "list[int]" = []  # signals from before that
+        self.early_signals: "list[int]" = []  # signals from before that
         self.stopped_by = 0
         self.deadline: "float | None" = None
         self.file_fds: "list[int]" = []
@@ -2237,7 +2332,7 @@ class Container:
             if self.terminal:
                 self.terminal.advance(ready)
                 if self.terminal.out.broken and not self.stopped_by and self.wstatus is None:
-                    self.terminal.cut()
+                    self.terminal.disconnect()
                     self.stop(signal.SIGHUP)
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 self.deadline = None
@@ -2267,15 +2362,15 @@ class Container:
             if not data:  # else init has failed since, and says how
                 self.open_terminal()
                 return False
-        self.told += data
+        self.received += data
         if data:
             return False
-        self.started = not self.told
+        self.started = not self.received
         if self.started:
             self.check_program()
         if self.started and self.options.memory:
             self.hold_files()
-        for number in self.early if self.started else ():
+        for number in self.early_signals if self.started else ():
             self.forward(number)
         return True
 
@@ -2341,7 +2436,7 @@ class Container:
     def forward(self, number: int) -> None:
         """Pass a signal on to PID 1; init would ignore it, so it waits for the command."""
         if not self.started:
-            self.early.append(number)
+            self.early_signals.append(number)
         elif self.wstatus is None:
             call("kill", self.pid, Flag(FORWARDED[number], number), why="pass the signal on")
 
@@ -2499,7 +2594,7 @@ def run(options: Options, argv: "list[str]") -> int:
         pid = call("fork", why="the child goes on with the code that is here: no second interpreter")
         if pid == 0:
             try:
-                tell(init(options, cgroups, pipes, caller_mask), pipes.status_write)
+                send_failure(init(options, cgroups, pipes, caller_mask), pipes.status_write)
             finally:
                 os._exit(EXIT_MYDOCKER)  # a child that went on here would clean up for the parent
         os.close(pipes.command_read)
@@ -2517,8 +2612,8 @@ def run(options: Options, argv: "list[str]") -> int:
         if pidfile:
             tolerate(remove_pidfile, pidfile)
         tolerate(cgroups.remove)
-    if container.told:
-        raise told_failure(container.told)
+    if container.received:
+        raise parse_failure(container.received)
     if not container.started:  # killed, by a signal to us or for memory, before it was the command
         return EXIT_SIGNAL + (container.stopped_by or signal.SIGKILL)
     if os.WIFSIGNALED(wstatus):
@@ -2526,103 +2621,7 @@ def run(options: Options, argv: "list[str]") -> int:
     return os.WEXITSTATUS(wstatus)
 
 
-# ---- Command line -----------------------------------------------------------------------------------
-
-OPTIONS = (
-    Option("-i --interactive", "keep stdin open; without it stdin is /dev/null"),
-    Option("-t --tty", "give the command a terminal of its own"),
-    *LIMITS,
-    Option("--oom-score-adj", "-1000 to 1000: whom the kernel kills first when memory runs out",
-           "N", whole_number(-1000, 1000)),
-    Option("--rootfs",
-           "root filesystem, never written to; repeatable, each stacked on those before; "
-           "without it: a throwaway view of the host's files", "DIR", parse_text, repeat=True),
-    Option("--upperdir", "keep what is written in DIR, to go on with it later", "DIR", parse_text),
-    Option("--read-only", "make the root read-only"),
-    Option("-v --volume", "show the host's SRC at DST", "SRC:DST[:ro]", parse_volume, repeat=True),
-    Option("--tmpfs", "an empty filesystem in memory; size=, mode=, exec and others",
-           "DST[:OPTIONS]", parse_tmpfs, repeat=True),
-    Option("-w --workdir", "start in DIR, made if missing", "DIR", parse_inside),
-    Option("-e --env", "set an environment variable; K alone copies the caller's",
-           "K[=V]", parse_env, repeat=True),
-    Option("-u --user", "names in the container's /etc, or numbers", "USER[:GROUP]", parse_text),
-    Option("--hostname", "host name (default: the container's id)", "NAME", parse_name),
-    Option("--name", "name of the cgroup; refused while in use", "NAME", parse_name),
-    Option("--network --net", "none: one of its own, with loopback only (default); host: the host's",
-           "none|host", one_of("none", "host")),
-    Option("--cap-add", "one capability more, or ALL", "NAME", parse_capability, repeat=True),
-    Option("--cap-drop", "one capability less, or ALL", "NAME", parse_capability, repeat=True),
-    Option("--privileged", "all capabilities, no seccomp filter, nothing masked: for trusted code"),
-    Option("--pidfile", "write the command's pid on the host to FILE", "FILE", parse_text),
-    Option("--cgroup-parent", "make the cgroup below this one", "PATH", parse_cgroup_parent),
-    Option("--stop-timeout", "from the first TERM, INT or HUP to the kill (default: 10)",
-           "SECONDS", parse_decimal),
-    Option("--explain", "tell on stderr what is done, call by call, and why"),
-    Option("--log-format", "how mydocker's own lines look", "text|json", one_of("text", "json")),
-)  # fmt: skip
-
-BY_NAME = {name: option for option in OPTIONS for name in option.names}
-SEE_HELP = "mydocker.py run --help lists the options"
-USAGE = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
-
-
-def parse(words: "list[str]", options: Options) -> "list[str]":
-    """Fill in the options and return the command of `run`; the first word that is no option begins it.
-
-    Return no command where help is asked for. Raises Failure.
-
-    Not by argparse, which takes the command's own words for options (sh -c, stress -m) and costs
-    8 ms; it describes the same table in print_help().
-    """
-    rest = words[::-1]  # reversed: the next word is the last
-    while rest and rest[-1].startswith("-") and rest[-1] != "-":
-        word = rest.pop()
-        if word in ("-h", "--help"):
-            return []
-        if word == "--":
-            break
-        if word.startswith(("-cpuset", "-cpushare")):  # one dash, as the book has it
-            word = "-" + word
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            take(options, name, value if equals else None, rest)
-            continue
-        letters = word[1:]
-        while letters:  # -ti is -t -i; -m100m, -m=100m and -m 100m are one
-            name, letters = "-" + letters[0], letters[1:]
-            if letters and name in BY_NAME and BY_NAME[name].metavar:
-                take(options, name, letters[letters[0] == "=" :], rest)
-                break
-            take(options, name, None, rest)
-    if not rest:
-        raise Failure("run: no command given", SEE_HELP)
-    return rest[::-1]
-
-
-def take(options: Options, name: str, value: "str | None", rest: "list[str]") -> None:
-    """Store one option, with its value from `value` or, when that is None, from the end of `rest`."""
-    option = BY_NAME.get(name)
-    if not option:
-        raise Failure(f"run: there is no option {name}", SEE_HELP)
-    if not option.metavar:
-        if value is not None:
-            raise Failure(f"run: {name} takes no value")
-        setattr(options, option.dest, True)
-        return
-    if value is None:
-        if not rest:
-            raise Failure(f"run: {name} needs a value: {option.metavar}")
-        value = rest.pop()
-    try:
-        parsed = option.parse(value)
-    except ValueError as error:
-        raise Failure(f"run: {name}: {error}") from None
-    if option.repeat:
-        getattr(options, option.dest).append(parsed)
-    else:
-        setattr(options, option.dest, parsed)
-    options.asked.add(option.dest)
-
+# ---- Command line: print_help, init_by_hand, main ------------------------------------------------
 
 def print_help(of_run: bool) -> None:
     """Describe the command line. argparse is imported here only: nothing else needs it."""
