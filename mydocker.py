@@ -1475,9 +1475,9 @@ def enter_rootfs(options: Options) -> None:
     why = 'the new root becomes "/"; the old one is mounted on top of it, until umount2'
     call("pivot_root", ".", ".", why=why)
     mount_proc()
-    shown = [mount_host_filesystem(path, fd, layer, options) for path, fd in host.filesystems]
     mount_dev(options, host.devices)
     mount_sys(options, host.sys)
+    overlays = [mount_host_filesystem(path, fd, layer, options) for path, fd in host.filesystems]
     if not options.rootfs:
         place = at(open_mount_point("/run"))
         mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=755", "the host's has sockets")
@@ -1488,9 +1488,10 @@ def enter_rootfs(options: Options) -> None:
     call("umount2", ".", MNT_DETACH, why="let go of the old root: nothing of the host is here any more")
     if not os.path.samestat(os.stat("/.."), os.stat("/")):
         raise Failure("the old root is still there")
-    for place in ["/", *map(at, shown)] if options.read_only else ():  # last: mount points are made there
+    if options.read_only:  # last, because mount points were made there
         flags = MS_REMOUNT | MS_BIND | MS_RDONLY | nodev(options)
-        mount(None, place, None, flags, None, "--read-only: not what is mounted on it")
+        for place in ["/", *[at(fd) for fd in overlays if fd >= 0]]:
+            mount(None, place, None, flags, None, "--read-only: not what is mounted on it")
     if not options.privileged:
         mask_paths()
 
@@ -1516,22 +1517,22 @@ def mount_new_root(options: Options, host: HostFiles) -> int:
 def mount_host_filesystem(path: str, lower: int, layer: int, options: Options) -> int:
     """Show a filesystem of the host like its root: with a writable layer, else read-only.
 
-    Return a descriptor of what is shown.
+    Return a descriptor of the overlay; -1 where there is none.
     """
-    why, done = f"the host's {path}", False
+    why = f"the host's {path}"
     if stat.S_ISDIR(os.stat(at(lower)).st_mode):
         suffix = path.replace("%", "%25").replace("/", "%2F")
         target = open_in_root(path, why, "dir")
         try:
             mount_overlay([lower], layer, suffix, at(target), options, why)
-            done = True
+            return open_in_root(path, why)
         except CallError as error:  # EINVAL: overlay takes no directory of this filesystem, such as FAT
             if error.errno not in (errno.EINVAL, errno.ENAMETOOLONG):  # and that: the suffix is too long
                 raise
-        os.close(target)
-    if not done:
-        bind(lower, path, True, options, why, NO_FLAGS)
-    return open_in_root(path, why)
+        finally:
+            os.close(target)
+    bind(lower, path, True, options, why, NO_FLAGS)
+    return -1
 
 
 def mount_volumes(options: Options, volumes: "list[tuple[int, str, bool, str]]") -> None:
