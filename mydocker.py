@@ -357,7 +357,7 @@ def as_failure(error: BaseException) -> Failure:
         fits = (row[2] for row in HINTS if error.shown.startswith(row[0]) and error.errno == row[1])
         return Failure(str(error), next(fits, ""), line=line)
     if isinstance(error, OSError):
-        text = ": ".join(filter(None, (step, error.filename, error.strerror or str(error))))
+        text = ": ".join(filter(None, (step, str(error.filename or ""), error.strerror or str(error))))
         return Failure(text, line=line)
     return Failure(f"internal error: {type(error).__name__}: {error}", line=line)  # a mistake in this file
 
@@ -391,8 +391,9 @@ def open_path(path: str, why: str, flags: int = O_PATH, dir_fd: "int | None" = N
 
 
 def at(fd: int) -> str:
-    """Return a path to what `fd` refers to, right even when its name changes; overlay needs it, as in
-    any other name could be a comma or a colon. It depends on the /proc that is mounted just then.
+    """Return a path to what `fd` refers to, by the /proc that is mounted just then.
+
+    It stays right when the name changes, and has no comma or colon for overlay to take for its own.
     """
     return f"/proc/self/fd/{fd}"
 

@@ -70,8 +70,12 @@ def engines(work, rootfs, command):
     compiled = py_compile.compile(str(HERE / "mydocker.py"), str(work / "mydocker.pyc"), doraise=True)
     what = os.path.basename(command[0])
     found = {"runc, no seccomp": runc_bundle(work / f"plain-{what}", rootfs, command, False)}
-    for name, path in (("mydocker.py", str(HERE / "mydocker.py")), ("mydocker.pyc", compiled)):
-        found[name] = [PYTHON, path, "run", *FLAGS, "--rootfs", str(rootfs), *command]
+    for name, how in (
+        ("python3 mydocker.py", [str(HERE / "mydocker.py")]),
+        ("python3 -m mydocker", ["-m", "mydocker"]),  # in its directory; keeps the bytecode in __pycache__
+        ("python3 mydocker.pyc", [compiled]),
+    ):
+        found[name] = [PYTHON, *how, "run", *FLAGS, "--rootfs", str(rootfs), *command]
     if PROFILE.exists():
         found["runc, Docker's profile"] = runc_bundle(work / f"docker-{what}", rootfs, command, True)
     if shutil.which("podman"):
@@ -137,6 +141,9 @@ def main(rounds):
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         rootfs = work / "rootfs"
+        shutil.copy(HERE / "mydocker.py", work)
+        os.chdir(name)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         subprocess.run([HERE / "busybox-rootfs.sh", rootfs], check=True, stdout=subprocess.DEVNULL)
         commands = engines(work, rootfs, ["/bin/true"])
         waiting = engines(work, rootfs, ["/bin/sh", "-c", "echo up; exec sleep 1000"])
@@ -148,8 +155,8 @@ def main(rounds):
                 time.sleep(0.05)
                 times[name].append(seconds(commands[name]))
         base = list(commands)[0]
-        version = sys.version.split()[0]
-        print(f"Linux {os.uname().release}, {os.cpu_count()} CPUs, Python {version}, {rounds} rounds\n")
+        version = subprocess.run([PYTHON, "-V"], check=True, stdout=subprocess.PIPE).stdout.decode().strip()
+        print(f"Linux {os.uname().release}, {os.cpu_count()} CPUs, {version}, {rounds} rounds\n")
         print(f"| command | ms | to runc | a second, {AT_ONCE} at a time | MiB, {WAITING} waiting |")
         print("|---|--:|--:|--:|--:|")
         for name in sorted(times, key=lambda name: statistics.median(times[name])):
