@@ -43,6 +43,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = Path(os.environ.get("MYDOCKER", HERE / "mydocker.py")).resolve()
+SOURCE = PROGRAM if PROGRAM.suffix == ".py" else HERE / "mydocker.py"  # it may be compiled
 ROOTFS_SCRIPT = HERE / "busybox-rootfs.sh"
 MUST_WORK = os.environ.get("MYDOCKER_MUST_WORK") == "1"
 PATIENCE = float(os.environ.get("MYDOCKER_PATIENCE", "60"))  # seconds; beyond them it hangs
@@ -146,8 +147,9 @@ class Running:
 class Terminal:
     """A terminal window, and a program in it that thinks itself at home."""
 
-    def __init__(self, command, become, **how):
+    def __init__(self, command, become, owner, **how):
         self.master, self.slave = pty.openpty()
+        os.fchown(self.slave, owner, -1)  # as login(1) does
         self.size(24, 80)
         self.seen = b""
         self.before = termios.tcgetattr(self.slave)
@@ -157,10 +159,8 @@ class Terminal:
             fcntl.ioctl(self.slave, termios.TIOCSCTTY, 0)
             become()
 
-        self.process = subprocess.Popen(
-            command, stdin=self.slave, stdout=self.slave, stderr=self.slave,
-            preexec_fn=sit_down, **how,
-        )  # fmt: skip
+        how = {"stdin": self.slave, "stdout": self.slave, "stderr": self.slave, **how}
+        self.process = subprocess.Popen(command, preexec_fn=sit_down, **how)
 
     def __enter__(self):
         return self
@@ -185,8 +185,8 @@ class Terminal:
         wanted, deadline = text.encode(), time.monotonic() + PATIENCE
         while wanted not in self.seen:
             left = deadline - time.monotonic()
-            ready = select.select([self.master], [], [], max(left, 0))[0]
-            assert ready, f"no {text!r} in {self.seen!r}"
+            ready = left > 0 and select.select([self.master], [], [], left)[0]
+            assert ready, f"no {text!r} in {self.seen[-2000:]!r}"
             self.seen += os.read(self.master, 65536)
         before, _, self.seen = self.seen.partition(wanted)
         return decoded(before)
@@ -229,6 +229,10 @@ class Caller:
             how["stdin"] = subprocess.PIPE
         return ended(self.popen(self.words(*words), **how), data)
 
+    def under(self, around, *words, **how):
+        """Run `mydocker.py run WORDS` by another program, such as strace, to its end."""
+        return ended(self.popen([*around, *self.words("run", *self.options, *words)], **how))
+
     def start(self, *words, **how):
         """A container that runs on; its pidfile is where Running.pid1 looks."""
         pidfile = Path(tempfile.mktemp(prefix="pid", dir=str(self.dir)))
@@ -238,7 +242,7 @@ class Caller:
     def terminal(self, *words, **how):
         how = {"cwd": self.dir, "env": {**os.environ, "TERM": "xterm"}, **how}
         words = self.words("run", *self.options, *words)
-        return Terminal(words, self.become, **how)
+        return Terminal(words, self.become, self.uid, **how)
 
     def words(self, *words):
         return [self.python, str(PROGRAM), *map(str, words)]
@@ -276,8 +280,31 @@ def refusal(result, status=USAGE_ERROR):
     assert result.status == status, result
     assert result.out == ""
     assert lines and lines[0].startswith("mydocker: "), result
-    assert len(lines) <= 2 and "Traceback" not in result.err, result
+    assert lines[1:] == [] or len(lines) == 2 and lines[1].startswith("  hint: "), result
     return result.err
+
+
+def injecting(call, what):
+    """The beginning of a command line in which strace has a system call fail, or take long."""
+    need(shutil.which("strace"), "strace")
+    return ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{what}"]
+
+
+def without_mount_setattr():
+    """The beginning of a command line in which the kernel is one before Linux 5.12."""
+    return injecting("mount_setattr", "error=ENOSYS") if KERNEL >= (5, 12) else []
+
+
+@contextlib.contextmanager
+def mounted(path, kind="tmpfs"):
+    """A filesystem of the host on a directory."""
+    if os.geteuid():
+        pytest.skip("only root can mount the example")
+    subprocess.run(["mount", "-t", kind, kind, str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 def read(path):
@@ -424,8 +451,28 @@ def remove(directory):
 # ---- Fixtures ------------------------------------------------------------------------
 
 
+CLONE_NEWNS = 0x00020000
+
+
 @pytest.fixture(scope="session")
-def playground():
+def host_mounts():
+    """The mount namespace that the suite was started in, as a descriptor; root leaves it for another.
+
+    For a neighbour's mounts are no business of the tests, nor theirs a neighbour's. Like that of a
+    host with systemd it is shared: whatever mydocker does not keep inside will show.
+    """
+    fd = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        for propagation in "--make-rprivate", "--make-rshared":
+            subprocess.run(["mount", propagation, "/"], check=True)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture(scope="session")
+def playground(host_mounts):
     """A directory outside /tmp that every account can reach; orphans come to us."""
     pr_set_child_subreaper = 36
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
@@ -498,9 +545,7 @@ def nothing_is_left(playground):
 
     def temporary():
         """What mydocker would have put in the host's /tmp, had it not covered that before."""
-        ours = ("mydocker", "upper", "work", "proc", "sys", "dev", "run", "etc")
-        names = os.listdir("/tmp")
-        return {name for name in names if name.startswith(ours) and "systemd" not in name}
+        return {name for name in os.listdir("/tmp") if re.fullmatch("(upper|work)(%2F.*)?", name)}
 
     def living():
         with contextlib.suppress(ChildProcessError):
@@ -529,13 +574,20 @@ OPTIONS = """--interactive --tty --memory --memory-swap --memory-swappiness --cp
 
 
 @pytest.fixture
-def cli(accounts):
+def anybody(accounts):
+    """Some account."""
+    return next(iter(accounts.values()))
+
+
+@pytest.fixture
+def cli(anybody):
     """The command line alone, for what ends before a container begins."""
-    return next(iter(accounts.values())).cli
+    return anybody.cli
 
 
-def test_help_names_every_option(cli):
-    result = cli("run", "--help")
+@pytest.mark.parametrize("words", ["--help", "-h", "-ti --help", "-m 100m -h", "--help true"])
+def test_help_names_every_option(cli, words):
+    result = cli("run", *words.split())
     assert (result.status, result.err) == (0, "")
     assert [option for option in OPTIONS if option not in result.out] == []
 
@@ -598,6 +650,7 @@ def test_nothing_at_all_prints_the_usage(cli):
         ("run -cpuset 0-999999999 true", "0-999999999"),
         ("run --pids-limit few true", "few"),
         ("run --pids-limit -2 true", "-2"),
+        ("run --pids-limit 4194305 true", "4194305"),
         ("run --oom-score-adj 1001 true", "1001"),
         ("run --oom-score-adj -1001 true", "-1001"),
         ("run --rootfs /nonexistent true", "/nonexistent"),
@@ -622,6 +675,9 @@ def test_nothing_at_all_prints_the_usage(cli):
         ("run --stop-timeout soon true", "soon"),
         ("run --stop-timeout -1 true", "-1"),
         ("run --log-format xml true", "xml"),
+        ("run --cgroup-parent ../x true", "../x"),
+        ("run --cgroup-parent /a/../.. true", "/a/../.."),
+        ("run --cgroup-parent / true", "/"),
     ],
 )
 def test_a_usage_error_is_one_line_and_125(cli, line, said):
@@ -699,6 +755,23 @@ def test_the_readme_has_every_option_and_no_other(program):
     assert [bool(row[1]) for row in rows] == [bool(option.metavar) for option in program.OPTIONS]
     repeated = [option.repeat for option in program.OPTIONS]
     assert ["repeatable" in row[1] for row in rows] == repeated
+
+
+def test_the_readme_has_the_defaults(program):
+    rows = readme_table("option", "value", "default", "meaning")
+    said = {row[0].split("`")[-2]: row[2].strip("`") for row in rows}
+    defaults = program.Options()
+    for name in "--stop-timeout", "--network", "--log-format":
+        option = next(option for option in program.OPTIONS if name in option.names)
+        value = getattr(defaults, option.dest)
+        assert said[option.names[-1]] == (f"{value:g}" if isinstance(value, float) else value)
+    assert said["--pids-limit"] == str(defaults.pids_limit)
+
+
+def test_the_help_says_what_the_defaults_are(program):
+    text = {option.dest: option.text for option in program.OPTIONS}
+    assert f"(default: {program.Options.stop_timeout:g})" in text["stop_timeout"]
+    assert f"(default: {program.Options.pids_limit})" in text["pids_limit"]
 
 
 def test_the_readme_has_every_limit_with_its_files(program):
@@ -825,23 +898,12 @@ def test_nothing_of_the_hosts_root_is_mounted_any_more(busybox):
         assert mount.type in ours or mount.root.split("/")[-1] in DEVICES, mount
 
 
-def test_every_mount_is_private(busybox):
+def test_every_mount_is_private_although_the_hosts_are_shared(busybox):
+    """As under systemd. What would come out of the container fails every test: nothing_is_left."""
+    if os.geteuid() == 0:
+        assert " shared:" in read("/proc/self/mountinfo")
     for line in busybox.out("cat", "/proc/self/mountinfo").splitlines():
-        assert "shared:" not in line and "master:" not in line
-
-
-@root_only
-def test_a_host_that_shares_its_mounts_gets_none_of_ours(busybox):
-    """As under systemd, which makes every mount of the host shared."""
-    need(shutil.which("unshare"), "unshare (util-linux)")
-    look = "cat /proc/self/mountinfo"
-    script = f'{look} >before; "$@" >inside && {look} | cmp - before && cat inside'
-    around = ["unshare", "--mount", "--propagation", "shared", "sh", "-c", script, "sh"]
-    command = busybox.words("run", *busybox.options, *look.split())
-    result = ended(busybox.popen([*around, *command]))
-    assert (result.status, result.err) == (0, "")
-    assert " shared:" in read(busybox.dir / "before")
-    assert " shared:" not in result.out and " master:" not in result.out
+        assert " shared:" not in line and " master:" not in line
 
 
 @pytest.mark.parametrize(
@@ -876,6 +938,13 @@ def test_device_nodes_are_those_of_linux_and_for_everybody(busybox, name, number
 def test_a_device_node_works(busybox):
     script = "echo gone >/dev/null; head -c 3 /dev/zero | od -An -tx1"
     assert busybox.out(*SH, script).split() == ["00", "00", "00"]
+
+
+def test_the_terminals_of_a_container_are_their_owners_and_ttys(busybox):
+    script = "stat -c '%a %G' /dev/pts/0; stat -c %a /dev/pts/ptmx /dev"
+    with busybox.terminal("-t", *SH, script) as window:
+        group = "tty" if busybox.uid == 0 else "root"
+        assert window.end().out.split() == ["620", group, "666", "755"]
 
 
 @pytest.mark.parametrize(
@@ -948,6 +1017,28 @@ def test_a_rootfs_may_have_any_name(account, overlay, name):
     assert account.out("--rootfs", odd, "echo", "fine") == "fine\n"
 
 
+def test_the_same_rootfs_twice_is_told_as_what_it_is(busybox):
+    assert "the same directory twice" in refusal(busybox("--rootfs", busybox.rootfs, "true"))
+
+
+@root_only
+@pytest.mark.parametrize(
+    "error, said", [("ENODEV", "modprobe overlay"), ("EINVAL", "on overlay"), ("EPERM", "Linux 5.11")]
+)
+def test_an_overlay_that_the_kernel_refuses_is_told_with_the_reason(busybox, error, said):
+    told, _ = steps(busybox("--explain", "true").err)
+    mounted_first = [step.arguments for step in told if step.call == "mount"]
+    number = next(i for i, shown in enumerate(mounted_first, 1) if shown.startswith('"overlay"'))
+    text = refusal(busybox.under(injecting("mount", f"error={error}:when={number}"), "echo", "no"))
+    assert 'mount("overlay"' in text and said in text
+
+
+@pytest.mark.parametrize("error, said", [("EINVAL", "initramfs"), ("EPERM", "")])
+def test_a_root_that_cannot_be_put_aside_is_told_with_the_reason(busybox, error, said):
+    text = refusal(busybox.under(injecting("pivot_root", f"error={error}"), "echo", "no"))
+    assert "pivot_root(" in text and said in text
+
+
 def test_a_relative_rootfs_is_relative_to_the_callers_directory(account, overlay):
     home = account.rootfs.parent
     assert account.out("--rootfs", "rootfs", "echo", "fine", cwd=home) == "fine\n"
@@ -968,10 +1059,46 @@ def test_an_upperdir_that_is_deleted_is_forgotten(busybox):
 
 
 def test_an_upperdir_is_for_nobody_but_its_owner(busybox):
-    """CVE-2021-41091: a setuid program made inside is a file of the host, too."""
     kept = busybox.path("kept", mode=0o777)  # also in a directory that was there before
     busybox.out("--upperdir", kept, "true")
     assert [stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir()] == [0o700]
+
+
+@root_only
+def test_a_setuid_program_made_inside_is_none_for_the_users_of_the_host(busybox, accounts):
+    """CVE-2021-41091: in an --upperdir it is a file of the host, too."""
+    kept = busybox.path("kept", mode=0o777)
+    busybox.dir.chmod(0o755)
+    busybox.out("--upperdir", kept, *SH, "cp /bin/busybox /become-root && chmod 4755 /become-root")
+    (program,) = kept.rglob("become-root")
+    assert program.stat().st_mode & stat.S_ISUID
+    with pytest.raises(PermissionError):
+        accounts["user"].popen([str(program), "id"])
+
+
+@pytest.mark.parametrize("place", ["", "below", "link"])
+def test_an_upperdir_in_the_rootfs_is_refused_and_not_made(account, overlay, place):
+    bare = account.path("bare")
+    ended(account.popen(["cp", "-a", f"{account.rootfs}/bin", str(bare)]))
+    (account.dir / "link").symlink_to(bare)
+    upper = account.dir / "link/upper" if place == "link" else bare / place
+    before = tree(bare)
+    said = refusal(account("--rootfs", bare, "--upperdir", upper, "true"))
+    assert f"--upperdir {upper}" in said and "never written to" in said
+    assert tree(bare) == before
+
+
+@root_only
+def test_an_upperdir_keeps_what_was_written_in_the_hosts_view(mydocker):
+    keep = ("--upperdir", mydocker.dir / "layer")
+    mydocker.out(*keep, *SH, "echo kept >/etc/mydocker-test")
+    assert mydocker.out(*keep, "cat", "/etc/mydocker-test") == "kept\n"
+    assert not os.path.exists("/etc/mydocker-test")
+
+
+@user_only
+def test_an_upperdir_for_a_view_that_is_read_only_is_refused(mydocker):
+    assert "--upperdir" in refusal(mydocker("--upperdir", mydocker.dir / "layer", "true"))
 
 
 def test_an_upperdir_serves_one_container_at_a_time(busybox):
@@ -995,6 +1122,17 @@ def test_read_only_leaves_dev_shm_volumes_and_tmpfs_writable(busybox):
     assert busybox.out("--read-only", *places, *SH, script) == ""
 
 
+def test_read_only_leaves_dev_as_it_is(busybox):
+    assert busybox.out("--read-only", *SH, ": >/dev/new && echo x >/dev/null") == ""
+
+
+@root_only
+def test_read_only_holds_for_every_filesystem_of_the_hosts_view(mydocker):
+    with mounted(mydocker.path("other")) as other:
+        result = mydocker("--read-only", *SH, ": >new", cwd=other)
+    assert result.status != 0 and "Read-only file system" in result.err
+
+
 def test_ls_lists_the_callers_directory(mydocker):
     mydocker.path("one", "")
     mydocker.path("two", "")
@@ -1013,25 +1151,52 @@ def test_the_hosts_view_may_be_wrecked_and_the_host_is_untouched(mydocker):
 
 @root_only
 def test_other_filesystems_below_the_root_are_copied_on_write_too(mydocker):
-    other = mydocker.path("other")
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(other)], check=True)
-    try:
+    with mounted(mydocker.path("other")) as other:
         (other / "file").write_text("the host's")
         script = "cat file; echo changed >file; cat file"
         assert mydocker.out(*SH, script, cwd=other) == "the host'schanged\n"
         assert (other / "file").read_text() == "the host's"
-    finally:
-        subprocess.run(["umount", str(other)], check=True)
+
+
+LONG_PATH = "/".join("abcd"[i] * 200 for i in range(4))  # longer than a name of the layer can be
 
 
 @root_only
-@pytest.mark.parametrize("name", ["a b", "a\fb", "a\u2028b", "a\\b", "a\nb", "a\x1cb"])
+@pytest.mark.parametrize(
+    "name", ["a b", "a\fb", "a\u2028b", "a\\b", "a\nb", "a\x1cb", "%2F", LONG_PATH],
+    ids=lambda name: ascii(name)[:20],
+)
 def test_a_filesystem_may_be_mounted_anywhere(mydocker, name):
-    directory = mydocker.path(name)
-    script = 'mount -t tmpfs tmpfs "$1" && echo here >"$1/file" && shift && exec "$@"'
-    words = mydocker.words("run", "cat", directory / "file")
-    command = ["unshare", "--mount", "sh", "-c", script, "sh", str(directory), *words]
-    assert ended(mydocker.popen(command)) == Result(0, "here\n", "")
+    with mounted(mydocker.path(name)) as place:
+        (place / "file").write_text("here")
+        assert mydocker.out("cat", place / "file") == "here"
+
+
+@root_only
+def test_a_file_that_is_mounted_on_a_file_is_shown(mydocker):
+    """As Docker mounts /etc/hosts."""
+    file, place = mydocker.path("file", "mounted"), mydocker.path("place", "below")
+    subprocess.run(["mount", "--bind", str(file), str(place)], check=True)
+    try:
+        assert mydocker.out("cat", place) == "mounted"
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@root_only
+def test_the_hosts_proc_does_not_come_in_by_a_mount_that_it_covers(mydocker):
+    with mounted(mydocker.path("place")) as place, mounted(place, "proc"):
+        assert (place / "self").exists()
+        assert mydocker.out("ls", "-A", place) == ""
+
+
+@root_only
+def test_the_hosts_proc_does_not_come_in_by_a_mount_that_it_is_below(mydocker):
+    """Where that is bound, as overlay cannot have it."""
+    with mounted(mydocker.path(LONG_PATH)) as place:
+        (place / "below").mkdir()
+        with mounted(place / "below", "proc"):
+            assert mydocker.out("ls", "-A", place, place / "below") == f"{place}:\nbelow\n\n{place}/below:\n"
 
 
 MOUNT_FUSE = """import ctypes, os, sys
@@ -1055,6 +1220,45 @@ def test_a_filesystem_that_cannot_be_seen_is_not_shown(mydocker, user, told):
     result = ended(mydocker.popen(["unshare", "--mount", *words]))
     assert result[:2] == (0, "fine\n")
     assert [str(directory) in line for line in result.err.splitlines()] == [True] * told
+
+
+@user_only
+def test_without_root_the_hosts_view_is_read_only_and_a_line_says_so(mydocker):
+    result = mydocker(*SH, f": >{mydocker.dir}/new", cwd="/")
+    assert result.status != 0 and "Read-only file system" in result.err
+    said = [line for line in result.err.splitlines() if line.startswith("mydocker: ")]
+    assert len(said) == 1 and "read-only" in said[0]
+    assert os.listdir(str(mydocker.dir)) == []
+
+
+def writable(mountinfo):
+    """The mount points that are not read-only, but for those that are the container's own."""
+    own = ("/proc", "/sys", "/dev", "/run", "/tmp")
+    table = mounts(mountinfo)
+    return [point for point in table if "ro" not in table[point].options and not point.startswith(own)]
+
+
+@user_only
+def test_without_root_every_mount_of_the_hosts_is_read_only_inside(mydocker):
+    inside = mydocker("cat", "/proc/self/mountinfo", cwd="/").out
+    assert mounts(inside)["/"].options >= {"ro", "nodev"}
+    assert writable(inside) == []
+
+
+@user_only
+def test_without_root_they_are_so_on_a_kernel_without_mount_setattr(mydocker):
+    """Each keeps the flags that are locked in a user namespace, or the kernel would refuse."""
+    result = mydocker.under(without_mount_setattr(), "cat", "/proc/self/mountinfo", cwd="/")
+    assert result.status == 0, result
+    assert writable(result.out) == []
+
+
+@user_only
+@pytest.mark.parametrize("place", ["/tmp", "/run", "/dev/shm"])
+def test_without_root_a_few_places_are_writable_and_the_containers_own(mydocker, place):
+    name = f"mydocker-test-{os.urandom(4).hex()}"
+    assert mydocker(*SH, f": >{place}/{name} && ls {place}", cwd="/").out.split() == [name]
+    assert not os.path.exists(f"{place}/{name}")
 
 
 def test_the_hosts_sockets_in_run_are_not_visible(mydocker):
@@ -1097,6 +1301,20 @@ def test_a_read_only_volume_cannot_be_made_writable_through_a_mount_below(busybo
         assert result.status != 0 and os.listdir(str(below)) == []
 
 
+def test_a_read_only_volume_is_read_only_on_a_kernel_without_mount_setattr(busybox):
+    """Linux before 5.12."""
+    volume = f"{busybox.path('source')}:/mnt:ro"
+    result = busybox.under(without_mount_setattr(), "-v", volume, *SH, ": >/mnt/new")
+    assert result.status == 1 and "Read-only file system" in result.err
+
+
+@root_only
+def test_the_mounts_below_a_read_only_volume_are_so_on_a_kernel_without_mount_setattr(busybox):
+    with mounted_below(busybox) as (source, below):
+        result = busybox.under(without_mount_setattr(), "-v", f"{source}:/mnt:ro", *SH, ": >/mnt/below/new")
+    assert result.status == 1 and "Read-only file system" in result.err
+
+
 def test_a_volume_brings_the_mounts_below_it(busybox):
     with mounted_below(busybox) as (source, below):
         (below / "file").write_text("deep")
@@ -1106,34 +1324,23 @@ def test_a_volume_brings_the_mounts_below_it(busybox):
 @contextlib.contextmanager
 def mounted_below(caller):
     """A directory with a tmpfs on a directory below it."""
-    if os.geteuid():
-        pytest.skip("only root can mount the example")
-    source, below = caller.path("source"), caller.path("source/below")
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(below)], check=True)
-    try:
+    source = caller.path("source")
+    with mounted(caller.path("source/below")) as below:
         below.chmod(0o777)
         yield source, below
-    finally:
-        subprocess.run(["umount", str(below)], check=True)
 
 
 def test_a_mount_made_on_the_host_later_does_not_come_in(busybox):
-    if os.geteuid():
-        pytest.skip("only root can mount the example")
-    source = busybox.path("source")
-    (source / "below").mkdir()
+    """The host's mounts are shared."""
+    source, below = busybox.path("source"), busybox.path("source/below")
     script = "echo ready; read line; ls /mnt/below"
     words = ("-i", "-v", f"{source}:/mnt", *SH, script)
     with busybox.start(*words, stdin=subprocess.PIPE) as container:
         container.line()
-        below = str(source / "below")
-        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", below], check=True)
-        try:
-            (source / "below" / "late").write_text("")
+        with mounted(below):
+            (below / "late").write_text("")
             container.process.stdin.write(b"go\n")
             assert container.end() == Result(0, "", "")
-        finally:
-            subprocess.run(["umount", below], check=True)
 
 
 def test_a_file_can_be_a_volume_on_a_file(busybox):
@@ -1153,11 +1360,15 @@ def test_a_relative_source_is_relative_to_the_callers_directory(busybox):
     assert busybox.out("-v", "./file:/mine", "cat", "/mine") == "mine"
 
 
-def test_volumes_are_mounted_in_the_order_that_nests_them(busybox):
+def test_a_colon_in_the_source_of_a_volume_is_part_of_its_name(busybox):
+    odd = busybox.path("a:b", "mine")
+    assert busybox.out("-v", f"{odd}:/mine:rw", "cat", "/mine") == "mine"
+
+
+def test_volumes_are_mounted_parents_first_whatever_their_order(busybox):
     outer, inner = busybox.path("outer"), busybox.path("inner", "in")
     volumes = ("-v", f"{inner}:/data/in/file", "-v", f"{outer}:/data")
-    result = busybox(*volumes, "cat", "/data/in/file")
-    assert result.status in (0, 1)  # as given or sorted: never a failure of mydocker
+    assert busybox.out(*volumes, "cat", "/data/in/file") == "in"
 
 
 def test_a_volume_works_in_the_hosts_view(mydocker):
@@ -1201,7 +1412,12 @@ def test_the_environment_is_path_home_and_hostname(busybox):
     assert sorted(words) == ["HOME", "HOSTNAME", "PATH"]
     assert words["HOME"] == "/root"
     assert words["PATH"].split(":")[-2:] == ["/sbin", "/bin"]
-    assert re.fullmatch("[0-9a-f]{12}", words["HOSTNAME"])
+
+
+@pytest.mark.parametrize("options", [[], ["--hostname", "box"]], ids=["id", "name"])
+def test_the_variable_hostname_is_the_hostname(busybox, options):
+    name, variable = busybox.out(*options, *SH, "hostname; env | grep ^HOSTNAME=").splitlines()
+    assert variable == f"HOSTNAME={name}"
 
 
 @pytest.mark.parametrize(
@@ -1269,6 +1485,12 @@ def test_a_line_of_passwd_ends_at_a_newline_and_nowhere_else(busybox):
     refusal(busybox("--rootfs", busybox.dir / "layer", "-u", "eve", "id"))
 
 
+@user_only
+def test_another_user_than_the_caller_is_refused_with_the_reason(busybox):
+    said = refusal(busybox("-u", "1000", "true"))
+    assert "--user 1000" in said and "without root there is but one user" in said and "sudo" in said
+
+
 @pytest.mark.parametrize("user", ["bob", "ann:nogroup", "bob:users", ":", "-1"])
 def test_an_unknown_user_or_group_is_an_error(staff, user):
     assert "user" in refusal(staff("-u", user, "true"))
@@ -1303,6 +1525,29 @@ def test_network_host_brings_the_hosts_names(busybox, name):
     assert out == read(f"/etc/{name}")
 
 
+@root_only
+@pytest.mark.parametrize("name", ["resolv.conf", "hosts"])
+def test_network_host_brings_the_hosts_names_read_only(busybox, name):
+    need(os.path.exists(f"/etc/{name}"), f"/etc/{name}")
+    result = busybox("--network", "host", *SH, f": >>/etc/{name}")  # opened only, never written to
+    assert result.status != 0 and "Read-only file system" in result.err
+
+
+@pytest.mark.parametrize("name", ["resolv.conf", "hosts"])
+def test_a_volume_wins_over_the_names_that_network_host_brings(busybox, name):
+    file = busybox.path("file", "mine")
+    volume = ("-v", f"{file}:/etc/{name}")
+    assert busybox.out("--network", "host", *volume, "cat", f"/etc/{name}") == "mine"
+
+
+@user_only
+def test_network_host_does_not_bring_the_hosts_cgroups(busybox):
+    """Without root /sys is the host's then. There may be a delegated cgroup, and its own processes."""
+    script = "ls -A /sys/fs/cgroup | grep -q . && cat /sys/fs/cgroup/cgroup.procs; :"
+    outsider = "0"  # as this pid namespace numbers it
+    assert outsider not in busybox.out("--network", "host", *SH, script).split()
+
+
 def test_network_none_is_the_default_by_name(busybox):
     assert busybox.out("--network", "none", "ls", "/sys/class/net") == "lo\n"
 
@@ -1315,6 +1560,26 @@ def test_the_pidfile_is_there_while_the_container_lives(busybox):
         os.kill(pid1, signal.SIGKILL)
         assert container.end().status == 137
         assert not container.pidfile.exists()
+
+
+@pytest.mark.parametrize("text", ["text of mine\n", "17 and more\n"])
+def test_a_pidfile_replaces_no_other_file(busybox, text):
+    file = busybox.path("file", text)
+    assert str(file) in refusal(busybox("--pidfile", file, "true"))
+    assert file.read_text() == text
+
+
+def test_a_pidfile_is_written_through_no_link(busybox):
+    victim, link = busybox.path("victim", ""), busybox.dir / "link"
+    link.symlink_to(victim)
+    assert str(link) in refusal(busybox("--pidfile", link, "true"))
+    assert victim.read_text() == "" and link.is_symlink()
+
+
+def test_the_pidfile_that_a_killed_run_left_is_replaced(busybox):
+    stale = busybox.path("pid", "4242\n")
+    assert busybox.out("--pidfile", stale, "echo", "fine") == "fine\n"
+    assert not stale.exists()
 
 
 @root_only
@@ -1331,7 +1596,8 @@ def test_nsenter_enters_by_the_pidfile(busybox):
 
 LAST_CPU = str(max(os.sched_getaffinity(0)))
 
-#    options, controller, v1 file and value, v2 file and value
+#    options, controller, v1 file and value, v2 file and value: written down here for a second
+#    time, so that a mistake in the program's own table shows
 LIMITS = [
     ("-m 100m", "memory", "memory.limit_in_bytes", "104857600",
      "memory.max", "104857600"),
@@ -1387,24 +1653,15 @@ def expected(controller, pair1, pair2):
 
 @root_only
 @each_limit
-def test_a_limit_is_seen_inside(
-    busybox, options, controller, file1, value1, file2, value2
-):
-    file, value = expected(controller, (f"{controller}/{file1}", value1), (file2, value2))
-    words = (*options.split(), *SH, f"cat /sys/fs/cgroup/{file}")
-    assert busybox.out(*words) == value + "\n"
-
-
-@root_only
-@each_limit
-def test_a_limit_is_seen_on_the_host(
+def test_a_limit_is_seen_on_the_host_and_inside(
     busybox, options, controller, file1, value1, file2, value2
 ):
     file, value = expected(controller, (file1, value1), (file2, value2))
-    words = (*options.split(), *IDLE)
-    with busybox.start(*words) as container:
+    inside = "sys/fs/cgroup" if version(controller) == 2 else f"sys/fs/cgroup/{controller}"
+    with busybox.start(*options.split(), *IDLE) as container:
         container.line()
         assert read(cgroup_of(container.pid1, controller) / file) == value + "\n"
+        assert read(Path(f"/proc/{container.pid1}/root", inside, file)) == value + "\n"
 
 
 @root_only
@@ -1421,6 +1678,18 @@ def test_several_limits_hold_together(busybox):
             file = expected(controller, file1, file2)
             directory = cgroup_of(container.pid1, controller)
             assert read(directory / file).strip() == value
+
+
+@root_only
+def test_minus_one_is_no_limit_of_processes(busybox):
+    need(version("pids"), "the cgroup controller pids")
+    with busybox.start("--pids-limit", "-1", "-m", "50m", *IDLE) as container:
+        container.line()
+        inside = cgroup_of(container.pid1, "pids")
+        if version("pids") == 1:
+            assert inside == cgroup_of(os.getpid(), "pids")
+        else:
+            assert read(inside / "pids.max") in ("max\n", "")
 
 
 @root_only
@@ -1445,6 +1714,24 @@ def test_the_cgroup_is_named_after_the_container_and_its_owner(busybox):
 
 
 @root_only
+def test_v1_cgroups_are_below_the_callers_own(busybox):
+    if version("memory") != 1:
+        pytest.skip("cgroup v1 with memory")
+    job = Path(cgroup_mounts()["memory"], "test-job")
+    job.mkdir()
+
+    def become():
+        (job / "tasks").write_text(str(os.getpid()))
+
+    try:
+        with busybox.start("-m", "50m", *IDLE, preexec_fn=become) as container:
+            container.line()
+            assert cgroup_of(container.pid1, "memory").parent == job / "mydocker"
+    finally:
+        job.rmdir()
+
+
+@root_only
 def test_a_process_is_inside_before_its_first_instruction(busybox):
     script = "sh -c 'sleep 1000 & sleep 1000 & echo ready; wait'; :"
     with busybox.start("-m", "50m", *SH, script) as container:
@@ -1464,7 +1751,7 @@ def test_the_containers_cgroup_is_the_root_of_its_own_view(busybox):
 
 @root_only
 def test_the_interpreters_own_memory_is_not_charged(busybox):
-    assert busybox.out("-m", "1m", *SH, "echo fine") == "fine\n"
+    assert busybox.out("-m", "768k", *SH, "echo fine") == "fine\n"
 
 
 HOG = "dd if=/dev/zero of=/dev/null bs={} count=1 2>/dev/null"
@@ -1570,7 +1857,9 @@ def test_half_a_cpu_is_half_a_cpu(busybox):
     with busybox.start("--cpus", "0.5", *BUSY) as container:
         container.line()
         (used,) = cpu_time(container, seconds=2)
+        counts = read(cgroup_of(container.pid1, "cpu") / "cpu.stat")
     assert 0.1 < used / 2 < 0.65  # the machine may have little to give
+    assert int(status_field(counts.replace(" ", ":"), "nr_throttled")) > 0
 
 
 @root_only
@@ -1616,9 +1905,39 @@ def test_oom_score_adj_is_the_commands(busybox, score):
 
 
 @root_only
-def test_a_limit_that_cannot_be_set_ends_the_run(busybox):
-    above = str(int(read("/proc/sys/kernel/pid_max")) + (1 << 22))
-    assert "pids" in refusal(busybox("--pids-limit", above, "echo", "no"))
+def test_an_oom_score_below_the_callers_is_the_commands(busybox):
+    cap_sys_resource = 24
+    if not capabilities(read("/proc/self/status"))[2] >> cap_sys_resource & 1:
+        pytest.skip("a root with CAP_SYS_RESOURCE, unlike in a container")
+    out = busybox.out("--oom-score-adj", "-500", "cat", "/proc/self/oom_score_adj")
+    assert out == "-500\n"
+
+
+@root_only
+def test_a_limit_that_the_kernel_refuses_ends_the_run(busybox):
+    """v1 gives a cgroup no more time than the one above it has."""
+    if version("cpu") != 1:
+        pytest.skip("cgroup v1 with cpu")
+    parent = Path(cgroup_mounts()["cpu"], "test-tight")
+    parent.mkdir()
+    try:
+        (parent / "cpu.cfs_quota_us").write_text("10000")
+        words = ("--cgroup-parent", "/test-tight", "--cpus", "0.5", "--pids-limit", "-1")
+        said = refusal(busybox(*words, "echo", "no"))
+    finally:
+        for directory, _, _ in os.walk(str(parent), topdown=False):
+            os.rmdir(directory)
+    assert "--cpus" in said and "Invalid argument" in said
+
+
+def test_a_limit_that_reads_back_as_another_is_an_error_naming_both(program, tmp_path):
+    """/dev/null takes any value and gives none back."""
+    hierarchy = program.Hierarchy("pids", str(tmp_path), str(tmp_path))
+    hierarchy.directory = str(tmp_path)
+    (tmp_path / "pids.max").symlink_to("/dev/null")
+    (limit,) = (limit for limit in program.LIMITS if limit.dest == "pids_limit")
+    with pytest.raises(program.Failure, match="--pids-limit: the kernel .* 5 .*/pids.max"):
+        program.Cgroups(program.Options()).set_limit(limit, "5", hierarchy)
 
 
 @root_only
@@ -1626,7 +1945,7 @@ def test_a_limit_that_the_kernel_makes_another_of_ends_the_run(busybox):
     if version("memory") != 2:
         pytest.skip("cgroup v2 with memory, where so much is as good as no limit")
     said = refusal(busybox("-m", str((1 << 63) - 1), "true"))
-    assert "the kernel made max of" in said
+    assert re.search("the kernel .*max.* 9223372036854775807 ", said)
 
 
 @root_only
@@ -1649,6 +1968,11 @@ def test_cgroup_parent_is_where_the_cgroup_goes(busybox):
 
 
 @root_only
+def test_a_cgroup_parent_that_is_not_there_is_an_error(busybox):
+    assert "/no-such-parent" in refusal(busybox("--cgroup-parent", "/no-such-parent", "-m", "50m", "true"))
+
+
+@root_only
 def test_the_next_run_sweeps_the_empty_cgroups_of_the_dead_only(busybox):
     with busybox.start("-m", "50m", *IDLE) as container:
         container.line()
@@ -1661,18 +1985,33 @@ def test_the_next_run_sweeps_the_empty_cgroups_of_the_dead_only(busybox):
         dead = own.parent / f"dead.{corpse.pid}.1"
         alive = own.parent / f"alive.{os.getpid()}.{start}"
         recycled = own.parent / f"recycled.{os.getpid()}.{int(start) + 1}"
-        foreign = own.parent / "foreign"
-        made = [dead, alive, recycled, foreign]
+        made = [dead, alive, recycled]
         try:
             for path in made:
                 path.mkdir()
             busybox.out("-m", "50m", "true")
             left = [path.name for path in [own, *made] if path.exists()]
-            assert left == [own.name, alive.name, "foreign"]
+            assert left == [own.name, alive.name]
         finally:
             for path in made:
                 with contextlib.suppress(FileNotFoundError):
                     path.rmdir()
+
+
+@root_only
+@pytest.mark.parametrize("name", ["foreign", "foo.{pid}", "a.{pid}.", ".{pid}.x", "a.b.c"])
+def test_a_cgroup_that_is_none_of_ours_is_in_nobodys_way_and_never_swept(busybox, name):
+    corpse = subprocess.Popen(["true"])
+    corpse.wait()
+    with busybox.start("-m", "50m", *IDLE) as container:
+        container.line()
+        foreign = cgroup_of(container.pid1, "memory").parent / name.format(pid=corpse.pid)
+        foreign.mkdir()
+        try:
+            assert busybox("-m", "50m", "true") == Result(0, "", "")
+            assert foreign.exists()
+        finally:
+            foreign.rmdir()
 
 
 # ---- Terminal ------------------------------------------------------------------------
@@ -1729,11 +2068,11 @@ def test_the_terminal_is_the_containers_own(busybox):
     assert result == (0, "/dev/pts/0\r\n0     ptmx\r\n", "")
 
 
-def test_term_is_xterm_in_a_terminal_only(busybox):
-    script = "echo TERM=$TERM"
-    with busybox.terminal("-ti", *SH, script) as window:
+def test_term_is_xterm_in_a_terminal_only_whatever_the_callers_is(busybox):
+    script, environment = "echo TERM=$TERM", {**os.environ, "TERM": "dumb"}
+    with busybox.terminal("-ti", *SH, script, env=environment) as window:
         assert window.end().out == "TERM=xterm\r\n"
-    assert busybox.out(*SH, script) == "TERM=\n"
+    assert busybox.out(*SH, script, env=environment) == "TERM=\n"
 
 
 def test_the_console_is_the_containers_terminal(busybox):
@@ -1883,6 +2222,15 @@ def test_without_t_the_callers_terminal_is_passed_through(busybox):
         assert window.end().status == 0
 
 
+def test_t_without_i_leaves_the_callers_keyboard_alone(busybox):
+    script = "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done"
+    with busybox.terminal("-t", *SH, script) as window:
+        window.expect("ready")
+        assert not is_raw(window)
+        window.process.send_signal(signal.SIGTERM)
+        assert window.end().status == 3
+
+
 @pytest.mark.parametrize("flag", ["-t", "-ti"])
 def test_a_terminal_without_a_terminal_is_noticed_and_made(busybox, flag):
     result = busybox(flag, *SH, "tty; echo done")
@@ -1891,9 +2239,8 @@ def test_a_terminal_without_a_terminal_is_noticed_and_made(busybox, flag):
 
 
 def test_input_reaches_a_terminal_that_was_made_for_a_pipe(busybox):
-    result = busybox("-ti", *SH, "stty -echo; echo ready; cat", data=b"one\ntwo\n")
-    assert result.status == 0
-    assert result.out.replace("\r", "").endswith("one\ntwo\n")
+    result = busybox("-ti", *SH, "cat >/tmp/file; cat /tmp/file", data=b"one\ntwo\n")
+    assert (result.status, result.out) == (0, "one\r\ntwo\r\n" * 2)  # the echo of it, and the file
 
 
 def test_nothing_of_the_output_of_a_terminal_is_lost_or_mixed(busybox):
@@ -1905,6 +2252,54 @@ def test_the_last_words_before_the_end_are_not_lost(busybox):
     script = "seq 1000; echo last; exit 9"
     results = [busybox("-t", *SH, script) for _ in range(10)]
     assert {(result.status, result.out[-6:]) for result in results} == {(9, "last\r\n")}
+
+
+def last_output_that_nobody_reads(container):
+    """Wait until the command has ended and what it wrote stands in the pipe, 64 KiB, and in run()."""
+    pid1 = container.pid1
+    wait_until(lambda: not os.path.exists(f"/proc/{pid1}"), "run to see the end of the command")
+    assert container.process.poll() is None
+
+
+def test_a_run_whose_last_output_nobody_reads_ends_on_request_with_the_commands_status(busybox):
+    with busybox.start("-t", *SH, "head -c 67000 /dev/zero; exit 5") as container:
+        last_output_that_nobody_reads(container)
+        container.send(signal.SIGTERM)
+        assert container.process.wait(PATIENCE) == 5
+
+
+def test_a_late_sigchld_takes_nothing_of_the_last_output(busybox):
+    """It is sent for more than the end: when PID 1 is stopped, and for a child of the caller's."""
+    with busybox.start("-t", *SH, "head -c 67000 /dev/zero; exit 5") as container:
+        last_output_that_nobody_reads(container)
+        container.send(signal.SIGCHLD)
+        run = container.process.pid
+        wait_until(lambda: not signal_pending(run, signal.SIGCHLD), "the signal to be taken")
+        result = container.end()
+    assert (result.status, len(result.out)) == (5, 67000)
+
+
+def test_a_reader_that_reads_nothing_cannot_keep_a_run_from_its_end(busybox):
+    reader, writer = os.pipe()
+    words = ("-t", "--stop-timeout", "0", "seq", "100000")
+    with busybox.start(*words, stdout=writer) as container:
+        wait_until(lambda: not select.select([], [writer], [], 0)[1], "the pipe to be full")
+        container.send(signal.SIGTERM)
+        assert container.process.wait(PATIENCE) == 137
+    os.close(reader), os.close(writer)
+
+
+@pytest.mark.parametrize("action", [termios.TCOOFF, termios.TCOON], ids=["stopped", "unread"])
+def test_a_terminal_that_takes_nothing_cannot_keep_a_run_from_its_end(busybox, action):
+    """After Ctrl-S, or in a window that hangs."""
+    words = ("-t", "--stop-timeout", "0", "yes")
+    with busybox.terminal(*words, stderr=subprocess.DEVNULL) as window:
+        window.expect("y")
+        termios.tcflow(window.slave, action)
+        wait_until(lambda: not select.select([], [window.slave], [], 0)[1], "it to be full")
+        window.process.send_signal(signal.SIGTERM)
+        assert window.process.wait(PATIENCE) == 137
+        termios.tcflow(window.slave, termios.TCOON)
 
 
 def test_the_terminal_belongs_to_the_user(staff):
@@ -1951,13 +2346,13 @@ def test_stdout_and_stderr_stay_apart(busybox):
     assert busybox(*SH, "echo out; echo err >&2") == Result(0, "out\n", "err\n")
 
 
-def test_a_command_that_outlives_its_reader_ends(busybox):
-    command = busybox.words("run", *busybox.options, "yes")
-    process = busybox.popen(command)
+@pytest.mark.parametrize("options", [[], ["-t", "--stop-timeout", "0"]], ids=["pipe", "terminal"])
+def test_a_command_that_outlives_its_reader_ends(busybox, options):
+    process = busybox.popen(busybox.words("run", *busybox.options, *options, "yes"))
     process.stdout.read(1 << 16)
     process.stdout.close()
     process.stdout = None
-    assert ended(process).status != 0
+    assert ended(process).status in (1, 128 + signal.SIGHUP, 128 + signal.SIGPIPE, 137)
 
 
 @pytest.mark.parametrize(
@@ -2116,20 +2511,47 @@ def test_a_command_that_ignores_the_request_is_killed_after_the_timeout(busybox,
         container.send(getattr(signal, f"SIG{name}"))
         result = container.end()
     assert result.status == 137
-    assert re.fullmatch("mydocker: .*1 s.*\n", result.err)
+    assert result.err == f"mydocker: SIG{name} did not end it within 1 s: killed\n"
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_a_second_request_kills_at_once(busybox, name):
-    script = "trap 'echo first' TERM INT; echo ready; while :; do sleep 0.05; done"
+@pytest.mark.parametrize("first", ["TERM", "INT", "HUP"])
+@pytest.mark.parametrize("second", ["TERM", "INT"])
+def test_a_second_request_kills_at_once(busybox, first, second):
+    script = "trap 'echo first' TERM INT HUP; echo ready; while :; do sleep 0.05; done"
     with busybox.start("--stop-timeout", "100000", *SH, script) as container:
         container.line()
-        container.send(getattr(signal, f"SIG{name}"))
+        container.send(getattr(signal, f"SIG{first}"))
         assert container.line() == "first"
-        container.send(getattr(signal, f"SIG{name}"))
+        container.send(getattr(signal, f"SIG{second}"))
         result = container.end()
-    assert result.status == 137
-    assert re.fullmatch(f"mydocker: .*SIG{name}.*killed.*\n", result.err)
+    assert result == Result(137, "", f"mydocker: SIG{second}, the second signal: killed\n")
+
+
+def test_a_second_hangup_does_not_kill(busybox):
+    script = "trap 'echo got' HUP; trap 'exit 6' USR1; echo ready; while :; do sleep 0.05; done"
+    with busybox.start("--stop-timeout", "100000", *SH, script) as container:
+        container.line()
+        container.send(signal.SIGHUP)
+        assert container.line() == "got"
+        container.send(signal.SIGHUP)
+        container.send(signal.SIGUSR1)
+        result = container.end()
+    assert (result.status, result.err) == (6, "")
+
+
+def test_a_signal_that_the_caller_ignores_stays_ignored(busybox):
+    """As under nohup."""
+
+    def become():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        busybox.become()
+
+    script = "trap 'exit 6' USR1; echo ready; while :; do sleep 0.05; done"
+    with busybox.start("--stop-timeout", "0", *SH, script, preexec_fn=become) as container:
+        container.line()
+        container.send(signal.SIGHUP)
+        container.send(signal.SIGUSR1)
+        assert container.end() == Result(6, "", "")
 
 
 def test_the_timeout_may_be_longer_than_the_kernel_can_wait(busybox):
@@ -2152,9 +2574,11 @@ def test_a_command_that_ends_on_request_is_not_killed(busybox):
 
 
 def test_a_request_before_the_command_has_started_is_not_lost(busybox):
+    """At some moment before or after; test_sigterm_at_any_call_of_run tries them all."""
     for _ in range(10):
         with busybox.start("--stop-timeout", "0", "sleep", "1000") as container:
-            container.send(signal.SIGTERM) if container.pid1 else None
+            assert container.pid1
+            container.send(signal.SIGTERM)
             assert container.end().status in (137, 143)
 
 
@@ -2194,6 +2618,31 @@ def test_the_end_of_run_by_sigkill_is_the_end_of_another_users_container_too(bus
 
 
 @root_only
+def test_the_end_of_run_by_sigkill_while_init_changes_its_user_is_the_containers_end(busybox):
+    """The change clears the death signal, too, of a run that dies meanwhile; strace gives the time."""
+    slowly = injecting("setresuid", "delay_exit=1000000")
+    pidfile = busybox.dir / "pid"
+    words = busybox.words("run", "--pidfile", pidfile, *busybox.options, "-u", "1000", "sleep", "1000")
+    tracer = busybox.popen([*slowly, *words])
+    pid1 = int(wait_until(lambda: read(pidfile), "the pidfile"))
+    namespace = os.readlink(f"/proc/{pid1}/ns/pid")
+
+    def field(name):
+        return status_field(read(f"/proc/{pid1}/status"), name).split()[0]
+
+    wait_until(lambda: field("Uid") == "1000", "the change of user")
+    os.kill(int(field("PPid")), signal.SIGKILL)
+    try:
+        wait_until(lambda: not processes_in(namespace), "the end of the container", seconds=10)
+    finally:
+        for pid in processes_in(namespace):
+            os.kill(pid, signal.SIGKILL)
+        ended(tracer)
+    pidfile.unlink()
+    busybox.out("true")  # sweeps the empty cgroup
+
+
+@root_only
 def test_the_cgroup_of_a_run_that_was_killed_is_swept_by_the_next(busybox):
     with busybox.start("-m", "50m", *IDLE) as container:
         container.line()
@@ -2206,8 +2655,16 @@ def test_the_cgroup_of_a_run_that_was_killed_is_swept_by_the_next(busybox):
         assert not directory.exists()
 
 
-def test_children_end_with_the_command(busybox):
-    assert busybox(*SH, "sleep 1000 & exec 1>&- 2>&-; exit 3").status == 3
+@pytest.mark.parametrize("options", [[], ["-t"]], ids=["pipe", "terminal"])
+@pytest.mark.parametrize(
+    "child",
+    ["sleep 1000 &", "(trap '' HUP TERM; setsid sleep 1000 &)", "sleep 1000 & exec 1>&- 2>&-"],
+    ids=["background", "daemon", "stdout closed"],
+)
+def test_children_end_with_the_command_and_do_not_hold_it_up(busybox, options, child):
+    result = busybox(*options, *SH, f"readlink /proc/self/ns/pid\n{child}\nexit 3")
+    assert result.status == 3 and result.out.startswith("pid:")
+    assert processes_in(result.out.strip()) == []
 
 
 def test_a_stopped_container_can_be_ended(busybox):
@@ -2277,10 +2734,31 @@ def test_explain_shows_the_limits_as_they_are_written(busybox):
     assert writes and writes[0].side == "run"
 
 
-def test_explain_shows_what_failed(busybox):
-    err = busybox("--explain", "no-such-command").err
+@pytest.mark.parametrize(
+    "options, step",
+    [
+        (["-v", "/etc:/etc/passwd/x"], r"open\(.* = -1 ENOTDIR "),
+        (["--tmpfs", "/etc/passwd"], r"mount\(.* = -1 ENOTDIR "),
+        (["--pidfile", "/nonexistent/pid"], r'open\("/nonexistent/pid".* = -1 ENOENT '),
+    ],
+)
+def test_explain_shows_the_call_that_failed(busybox, options, step):
+    err = busybox("--explain", *options, "true").err
     assert err.splitlines()[-1].startswith("mydocker: ")
-    assert re.search(r"execve\(.*no-such-command.*-1 ENOENT|not found", err)
+    assert re.search(step, err)
+
+
+def test_a_message_is_one_line_and_speaks_to_no_terminal_whatever_the_name(busybox):
+    result = busybox("no\nsuch\x1b]0;title\x07 \x9bcommand\x7f")
+    said = r"mydocker: no\nsuch\x1b]0;title\x07 \x9bcommand\x7f: command not found"
+    assert result == Result(127, "", said + "\n")
+
+
+def test_an_interpreter_in_a_message_speaks_to_no_terminal(busybox):
+    layer = busybox.path("layer")
+    busybox.path("layer/script", "#!/no\x1b[2Jwhere\n", 0o755)
+    said = refusal(busybox("--rootfs", layer, "/script"), 127)
+    assert r"its interpreter, /no\x1b[2Jwhere, is not" in said
 
 
 @pytest.mark.parametrize("words", [["true"], ["no-such-command"], ["--explain", "true"]])
@@ -2296,10 +2774,50 @@ def test_the_json_log_is_one_object_a_line_like_the_books(busybox, words):
 
 
 def test_the_json_log_survives_any_name(busybox):
-    words = ["--log-format", "json", 'no "such"\\\n\x01command ü 🐳']
-    lines = busybox(*words).err.splitlines()
-    assert [json.loads(line)["level"] for line in lines] == ["error"]
-    assert 'no "such"' in json.loads(lines[0])["msg"]
+    name = 'no "such"\\\n\x01\x1b\x9b\x7fcommand ü 🐳\U000e0001'
+    (line,) = busybox("--log-format", "json", name).err.split("\n")[:-1]
+    assert json.loads(line)["msg"] == f"mydocker: {name}: command not found"
+
+
+@pytest.mark.parametrize(
+    "words, level",
+    [(["--explain", "true"], "info"), (["-t", "true"], "warning"), (["no-such-command"], "error")],
+)
+def test_the_level_in_the_json_log_says_how_bad_it_is(busybox, words, level):
+    lines = busybox("--log-format", "json", *words).err.splitlines()
+    assert {json.loads(line)["level"] for line in lines} == {level}
+
+
+def source_line(entry):
+    """The line of mydocker.py that an entry of the JSON log names."""
+    number = int(entry["source"].rpartition(":")[2])
+    return SOURCE.read_text().splitlines()[number - 1]
+
+
+def test_the_source_in_the_json_log_is_the_line_that_made_the_call(busybox):
+    wanted, found = ("sethostname", "pivot_root", "umount2", "fork", "pipe2", "setsid"), set()
+    for line in busybox("--explain", "--log-format", "json", "true").err.splitlines():
+        entry = json.loads(line)
+        name = re.search(r"\] (\w+)\(", entry["msg"]).group(1)
+        if name in wanted:
+            found.add((name, f'call("{name}"' in source_line(entry)))
+    assert found == {(name, True) for name in wanted}
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["no-such-command"], "command not found"),
+        (["/etc"], "cannot execute"),
+        (["-u", "nosuch", "true"], "no such {what}"),
+        (["--tmpfs", "/etc/passwd", "true"], 'mount("tmpfs"'),
+        (["-m", "lots", "true"], "raise Failure("),
+    ],
+)
+def test_the_source_of_a_failure_is_the_line_that_raised_it(busybox, words, line):
+    """Be it of init, which tells it through a pipe."""
+    (entry,) = map(json.loads, busybox("--log-format", "json", *words).err.splitlines())
+    assert line in source_line(entry)
 
 
 def test_usage_errors_are_json_too_when_that_was_asked_for(cli):
@@ -2337,15 +2855,21 @@ def test_explain_tells_what_strace_sees(busybox):
     ids=" ".join,
 )
 @pytest.mark.parametrize("words", [["init"], ["init", "0"], ["init", "/bin/sh"]], ids=" ".join)
-def test_init_by_hand_refuses_and_changes_nothing(account, around, words):
+def test_init_by_hand_refuses_and_changes_nothing(account, host_mounts, around, words):
     """Be it PID 1 of a new pid namespace, with a command in the pipe and all."""
+
+    def become():
+        assert os.geteuid() or ctypes.CDLL(None).setns(host_mounts, CLONE_NEWNS) == 0
+        account.become()
+
     if around and account.uid:
         around = [around[0], "--user", "--map-root-user", *around[1:]]
-    before = read("/proc/self/mountinfo")
+    host = f"/proc/{os.getppid()}/mountinfo"
+    before = read(host)
     command = [*around, *account.words(*words)]
-    result = ended(account.popen(command, stdin=subprocess.PIPE), b"/bin/true\0")
+    result = ended(account.popen(command, stdin=subprocess.PIPE, preexec_fn=become), b"/bin/true\0")
     assert "init" in refusal(result)
-    assert read("/proc/self/mountinfo") == before
+    assert read(host) == before
 
 
 @root_only
@@ -2387,14 +2911,13 @@ def test_the_capabilities_are_dockers_14_or_without_mknod_13(busybox):
 def test_no_inheritable_or_ambient_capability_of_the_caller_comes_in(busybox):
     need(shutil.which("setpriv"), "setpriv (util-linux)")
     around = ["setpriv", "--inh-caps", "+chown,+kill", "--ambient-caps", "+chown,+kill"]
-    command = busybox.words("run", *busybox.options, "cat", "/proc/self/status")
-    result = ended(busybox.popen([*around, *command]))
+    result = busybox.under(around, "cat", "/proc/self/status")
     assert (result.status, result.err) == (0, "")
     assert capabilities(result.out)[3:] == [0, 0]
 
 
 @root_only
-def test_a_user_other_than_root_has_no_capabilities_and_cannot_get_others(busybox):
+def test_a_user_other_than_root_has_no_capabilities(busybox):
     out = busybox.out("-u", "1000:1000", "cat", "/proc/self/status")
     bounding, *others = capabilities(out)
     assert bounding | MKNOD == DOCKERS_14
@@ -2423,6 +2946,28 @@ def test_capabilities_are_added_and_dropped(busybox, options, bits):
     found = capabilities(out)
     assert [value | MKNOD for value in found[:3]] == [bits & ours | MKNOD] * 3
     assert found[3:] == [0, 0]
+
+
+@root_only
+def test_a_capability_that_the_caller_lacks_cannot_be_added(busybox):
+    need(shutil.which("setpriv"), "setpriv (util-linux)")
+    around = ["setpriv", "--bounding-set", "-sys_time"]
+    assert "--cap-add SYS_TIME" in refusal(busybox.under(around, "--cap-add", "SYS_TIME", "echo", "no"))
+
+
+@root_only
+def test_no_group_of_the_caller_comes_in(busybox):
+    def become():
+        os.setgroups([4, 27, 100])
+
+    assert busybox.out("id", "-G", preexec_fn=become) == "0\n"
+
+
+@user_only
+def test_in_a_user_namespace_root_is_the_caller_and_no_groups_can_be_changed(busybox):
+    script = "cat /proc/self/uid_map /proc/self/gid_map /proc/self/setgroups"
+    numbers = ["0", str(busybox.uid), "1"]
+    assert busybox.out(*SH, script).split() == [*numbers, *numbers, "deny"]
 
 
 def test_no_new_privileges_and_a_seccomp_filter_are_on(busybox):
@@ -2492,6 +3037,20 @@ REFUSED = [
     ("lookup_dcookie", 212, 18, (0, BAD, 0), EPERM),
     ("kcmp", 312, 272, (1, 1, -1, 0, 0), EPERM),
     ("move_pages", 279, 239, (1, 1, BAD, 0, BAD, -1), EPERM),
+    ("migrate_pages", 256, 238, (-1, 64, BAD, BAD), EPERM),
+    ("mbind", 237, 235, (BAD, -1, -1, 0, 0, -1), EPERM),
+    ("set_mempolicy", 238, 237, (-1, 0, 0), EPERM),
+    ("get_mempolicy", 239, 236, (BAD, 0, 0, 0, -1), EPERM),
+    ("set_mempolicy_home_node", 450, 450, (BAD, 1, 0, -1), EPERM),
+    ("pidfd_getfd", 438, 438, (-1, -1, -1), EPERM),
+    ("process_madvise", 440, 440, (-1, BAD, 1, 0, -1), EPERM),
+    ("lsm_get_self_attr", 459, 459, (0, BAD, BAD, -1), EPERM),
+    ("lsm_set_self_attr", 460, 460, (0, BAD, 0, -1), EPERM),
+    ("lsm_list_modules", 461, 461, (BAD, BAD, -1), EPERM),
+    ("uselib", 134, None, (BAD,), EPERM),
+    ("ustat", 136, None, (-1, BAD), EPERM),
+    ("sysfs", 139, None, (-1, 0, 0), EPERM),
+    ("_sysctl", 156, None, (BAD,), EPERM),
     ("socket(AF_VSOCK)", 41, 198, (40, 1, 0), EPERM),
     ("socket(AF_ALG)", 41, 198, (38, 5, 0), EPERM),
     ("personality(ADDR_NO_RANDOMIZE)", 135, 92, (0x0040000,), EPERM),
@@ -2528,13 +3087,22 @@ def errors_of(mydocker, calls, *options):
     return json.loads(result.out)
 
 
-def refused_here():
+def here(calls):
+    """Those of them that this kind of machine has."""
     need(COLUMN is not None, f"numbers of the system calls of {MACHINE}")
-    return [call for call in REFUSED if call[1 + COLUMN] is not None]
+    return [call for call in calls if call[1 + COLUMN] is not None]
+
+
+def test_every_row_of_the_filter_is_tried(program):
+    """Held against the code, so that a call added there has to be tried here."""
+    tried = {call[:3] for call in REFUSED}
+    for row in " ".join(program.REFUSED_CALLS.values()).split():
+        name, *numbers = row.split(":")
+        assert (name, *(None if number == "-" else int(number) for number in numbers)) in tried
 
 
 def test_the_filter_refuses_what_dockers_refuses(mydocker):
-    calls = refused_here()
+    calls = here(REFUSED)
     answers = errors_of(mydocker, calls)
     wrong = [(c[0], os.strerror(a)) for c, a in zip(calls, answers) if a != c[4]]
     assert wrong == []
@@ -2544,17 +3112,38 @@ def test_the_filter_refuses_what_dockers_refuses(mydocker):
 def test_the_filter_is_what_refuses_them(mydocker):
     """Without it no answer is the same: the table above would notice a missing row."""
     done = ("vhangup", "clone", "clone, disguised")  # these would be carried out
-    calls = [c for c in refused_here() if c[4] == EPERM and c[0] not in done]
+    calls = [c for c in here(REFUSED) if c[4] == EPERM and c[0] not in done]
     answers = errors_of(mydocker, calls, "--privileged")
     same = [c[0] for c, a in zip(calls, answers) if a == c[4]]
     assert same == []
 
 
+@root_only
+@pytest.mark.parametrize("capability", ["SYS_ADMIN", "BPF", "PERFMON", "SYSLOG", "SYS_PTRACE", "SYS_NICE"])
+def test_a_capability_brings_the_calls_that_docker_ties_to_it(mydocker, capability):
+    names = {
+        "SYS_ADMIN": "clone3 mount umount2 setns fsopen bpf perf_event_open".split(),
+        "BPF": ["bpf"],
+        "PERFMON": ["perf_event_open"],
+        "SYSLOG": ["syslog"],
+        "SYS_PTRACE": ["kcmp", "pidfd_getfd", "process_madvise"],
+        "SYS_NICE": ["mbind", "set_mempolicy", "get_mempolicy"],
+    }
+    calls = [call for call in here(REFUSED) if call[0] in names[capability]]
+    answers = errors_of(mydocker, calls, "--cap-add", capability)
+    assert [call[0] for call, answer in zip(calls, answers) if answer == call[4]] == []
+    assert len(calls) == len(names[capability])
+
+
+@root_only
+def test_a_container_that_may_mount_mounts(busybox):
+    assert busybox.out("--cap-add", "SYS_ADMIN", "mount", "-t", "tmpfs", "tmpfs", "/tmp") == ""
+
+
 def test_calls_newer_than_the_filter_are_unknown(mydocker, program):
-    need(COLUMN is not None, f"numbers of the system calls of {MACHINE}")
     newer = range(program.LAST_CALL + 1, 512)
-    calls = [("newer", number, number, (-1,) * 6) for number in newer]
-    assert errors_of(mydocker, calls) == [ENOSYS] * len(calls)
+    calls = here([("newer", number, number, (-1,) * 6) for number in newer])
+    assert errors_of(mydocker, calls) == [ENOSYS] * len(newer)
 
 
 FILTERED = """if 1:
@@ -2597,8 +3186,7 @@ HARMLESS = [
 
 
 def test_the_filter_lets_through_what_dockers_does(mydocker):
-    need(COLUMN is not None, f"numbers of the system calls of {MACHINE}")
-    assert errors_of(mydocker, HARMLESS) == [0] * len(HARMLESS)
+    assert errors_of(mydocker, here(HARMLESS)) == [0] * len(HARMLESS)
 
 
 def test_the_32_bit_entry_is_closed(mydocker):
@@ -2636,9 +3224,13 @@ def test_ordinary_programs_run_under_the_filter(mydocker, words):
     assert mydocker(*words)[:2] == (0, "ok\n")
 
 
-MASKED = """/proc/acpi /proc/asound /proc/kcore /proc/keys /proc/latency_stats
+MASKED = """/proc/acpi /proc/asound /proc/interrupts /proc/kcore /proc/keys /proc/latency_stats
     /proc/sched_debug /proc/scsi /proc/timer_list /proc/timer_stats /sys/firmware
     /sys/devices/virtual/powercap""".split()
+
+
+def test_the_masked_paths_are_dockers(program):
+    assert sorted(program.MASKED_PATHS) == sorted(MASKED)
 
 
 @pytest.mark.parametrize("path", MASKED)
@@ -2658,8 +3250,19 @@ def test_a_masked_path_is_empty(busybox, path):
     /sys/fs/cgroup/cgroup.procs /sys/power/state /proc/bus/pci/devices""".split(),
 )
 def test_a_file_that_rules_the_host_cannot_be_opened_for_writing(busybox, path):
-    script = f"for file in {path}; do test -e $file && : >>$file && echo $file; done; :"
-    assert busybox(*SH, script).out == ""
+    script = f"for file in {path}; do test -e $file && echo there && : >>$file && echo written; done; :"
+    found = busybox(*SH, script).out.split()
+    if not found:
+        pytest.skip("no such file here")
+    assert "written" not in found
+
+
+@pytest.mark.parametrize("path", ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"])
+def test_a_path_of_proc_that_rules_the_host_is_a_read_only_mount(busybox, path):
+    if not os.path.exists(path):
+        pytest.skip("this kernel has none")
+    mount = mounts(busybox.out("cat", "/proc/self/mountinfo"))[path]
+    assert {"ro", "nosuid", "nodev", "noexec"} <= mount.options
 
 
 def test_nothing_below_proc_sys_and_sys_can_be_opened_for_writing(mydocker):
@@ -2683,6 +3286,12 @@ def test_a_privileged_container_may_write_to_proc_sys_and_sys(busybox):
     assert busybox.out("--privileged", *SH, script) == ""
 
 
+@root_only
+def test_a_privileged_container_has_nothing_masked(busybox):
+    table = mounts(busybox.out("--privileged", "cat", "/proc/self/mountinfo"))
+    assert [path for path in table if path.startswith(("/proc/", "/sys/firmware", "/sys/devices"))] == []
+
+
 def block_device():
     """Major and minor of a block device that root of the host can open."""
     for name in sorted(os.listdir("/dev")):
@@ -2703,6 +3312,15 @@ def test_no_disk_can_be_opened_whatever_node_is_made(busybox, place, options):
     places = ("-v", f"{volume}:/volume", "--tmpfs", "/tmpfs")
     script = f"mknod {place}/disk b {major} {minor}; exec 3<{place}/disk; echo opened"
     result = busybox(*options, *places, *SH, script)
+    assert result.status != 0 and result.out == ""
+
+
+@root_only
+@pytest.mark.parametrize("place", ["/t:dev", "/t:dev,suid,exec"])
+def test_no_disk_can_be_opened_in_a_tmpfs_that_asks_for_devices(busybox, place):
+    major, minor = block_device()
+    script = f"mknod /t/disk b {major} {minor}; exec 3</t/disk; echo opened"
+    result = busybox("--tmpfs", place, *SH, script)
     assert result.status != 0 and result.out == ""
 
 
@@ -2756,14 +3374,10 @@ def test_a_descriptor_is_no_way_out_for_the_workdir(busybox, number):
         assert "workdir" in refusal(result)
 
 
-@pytest.mark.parametrize("path", ["/proc/1/root", "/proc/1/cwd", "/proc/self/root/etc"])
-def test_the_magic_links_of_proc_stay_inside(busybox, path):
-    name = "resolv-or-passwd" if path.endswith("etc") else "bin"
-    out = busybox.out(*SH, f"ls {path}/ | head -50; readlink /proc/1/exe").split()
-    assert out[-1] == "/bin/busybox"
-    expected_names = {"passwd"} if name != "bin" else {"bin", "tmp"}
-    assert expected_names <= set(out)
-    assert not (busybox.dir.parent / "rootfs" / "work").exists()
+@pytest.mark.parametrize("path", ["/proc/1/root", "/proc/1/cwd", "/proc/self/root"])
+def test_the_root_by_a_magic_link_of_proc_is_the_containers(busybox, path):
+    seen = busybox.out("stat", "-L", "-c", "%d:%i", "/", path).split()
+    assert seen[0] == seen[1]
 
 
 def test_no_variable_of_the_caller_reaches_the_command(busybox):
@@ -2785,10 +3399,7 @@ def test_the_session_keyring_is_new(mydocker):
 
 @root_only
 def test_a_kernel_without_keys_has_none_to_leak(busybox):
-    need(shutil.which("strace"), "strace")
-    without = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=keyctl:error=ENOSYS"]
-    words = busybox.words("run", *busybox.options, "echo", "fine")
-    assert ended(busybox.popen(without + words)) == Result(0, "fine\n", "")
+    assert busybox.under(injecting("keyctl", "error=ENOSYS"), "echo", "fine") == Result(0, "fine\n", "")
 
 
 def test_nothing_can_be_typed_into_the_hosts_terminal(mydocker):
@@ -2801,6 +3412,13 @@ def test_nothing_can_be_typed_into_the_hosts_terminal(mydocker):
             print("refused")"""
     with mydocker.terminal("-i", PYTHON, "-c", source, cwd="/") as window:
         assert window.end().out.splitlines()[-1] == "refused"
+
+
+def test_the_callers_terminal_has_no_name_inside(busybox):
+    """Without -t the command has it by its descriptors alone: in no session of its, no /dev/tty."""
+    with busybox.terminal("-i", *SH, "echo typed >/dev/tty") as window:
+        result = window.end()
+    assert result.status == 1 and "No such device or address" in result.out
 
 
 def test_ctrl_c_reaches_the_command_without_a_terminal_of_its_own(busybox):
@@ -2842,6 +3460,7 @@ def test_pid_1_shows_nothing_of_mydocker(busybox):
 
 
 SELVES = ["/proc/self/exe", "/proc/1/exe", "/proc/thread-self/exe", "/link"]
+LEADS_OUT = "leads to the program that runs mydocker: refused"
 
 
 @pytest.mark.parametrize("path", SELVES)
@@ -2849,9 +3468,7 @@ def test_the_hosts_python_is_no_command(busybox, path):
     """CVE-2019-5736: it would run in here, with a loader from in here."""
     layer = busybox.path("layer")
     (layer / "link").symlink_to("/proc/self/exe")
-    result = busybox("--rootfs", layer, path, "-c", "print('ran')")
-    refusal(result, result.status)
-    assert result.status in (125, 126)
+    assert LEADS_OUT in refusal(busybox("--rootfs", layer, path, "-c", "print('ran')"), 126)
 
 
 @pytest.mark.parametrize("path", SELVES)
@@ -2861,9 +3478,51 @@ def test_the_hosts_python_is_no_interpreter(busybox, path, depth):
     (layer / "link").symlink_to("/proc/self/exe")
     busybox.path("layer/script1", f"#!{path} -c\nprint('ran')\n", 0o755)
     busybox.path("layer/script2", "#!/script1\n", 0o755)
-    result = busybox("--rootfs", layer, f"/script{depth}")
-    refusal(result, result.status)
-    assert result.status in (125, 126)
+    assert LEADS_OUT in refusal(busybox("--rootfs", layer, f"/script{depth}"), 126)
+
+
+@pytest.mark.parametrize(
+    "link, line",
+    [
+        ("a\vb", "#!/a\vb"),
+        ("a\fb", "#!/a\fb"),
+        ("a\r", "#!/a\r"),
+        ("self", "#!/self\0b"),
+        ("self", "#! \t/self\tb"),
+    ],
+    ids=ascii,
+)
+def test_a_first_line_is_split_as_the_kernel_splits_it(busybox, link, line):
+    """At spaces and tabs, until a NUL. Split in another way, the link is overlooked."""
+    layer = busybox.path("layer")
+    shutil.copy(str(busybox.rootfs / "bin/busybox"), str(layer / "a"))
+    (layer / link).symlink_to("/proc/self/exe")
+    busybox.path("layer/script", f"{line}\n", 0o755)
+    assert LEADS_OUT in refusal(busybox("--rootfs", layer, "/script"), 126)
+
+
+def test_a_nul_in_a_first_line_is_its_end_as_for_the_kernel(busybox):
+    layer = busybox.path("layer")
+    busybox.path("layer/script", "#!/bin/sh\0-no-such-option\necho ran\n", 0o755)
+    assert busybox.out("--rootfs", layer, "/script") == "ran\n"
+
+
+@root_only
+@pytest.mark.parametrize("options", ["--cap-drop ALL", "--cap-drop DAC_OVERRIDE", "-u 1000"])
+def test_a_script_that_cannot_be_read_is_looked_at_all_the_same(busybox, options):
+    """The kernel needs no leave to read its first line."""
+    layer = busybox.path("layer")
+    script = busybox.path("layer/script", "#!/proc/self/exe\n", 0o111)
+    os.chown(str(script), 1, 1)
+    assert LEADS_OUT in refusal(busybox("--rootfs", layer, *options.split(), "/script"), 126)
+
+
+@root_only
+def test_a_program_that_cannot_be_read_runs(busybox):
+    layer = busybox.path("layer")
+    shutil.copy(str(busybox.rootfs / "bin/busybox"), str(layer / "echo"))
+    (layer / "echo").chmod(0o111)
+    assert busybox.out("--rootfs", layer, "-u", "1000", "/echo", "ran") == "ran\n"
 
 
 # What a hostile image would have for Python's standard library. It runs before anything else of
@@ -2936,6 +3595,31 @@ def test_a_child_that_holds_the_exe_of_pid_1_holds_a_file_of_the_container(hosti
 
 
 @root_only
+def test_a_command_that_becomes_the_hosts_python_past_the_check_is_killed(hostile):
+    """By a script that is exchanged after it; strace gives the time for that."""
+    (library,) = hostile.dir.glob("hostile/usr/lib/python*/encodings/__init__.py")
+    library.write_text("while True: pass")
+    script = hostile.path("script", "#!/bin/sh\n", 0o755)
+    other = hostile.path("other", "#!/proc/self/exe\n", 0o755)
+    before = hashlib.sha256(Path(hostile.python).read_bytes()).digest()
+    words = ("--pidfile", hostile.dir / "pid", "-v", f"{hostile.dir}:/dir", "/dir/script")
+    slowly = [*injecting("capset", "delay_enter=2000000"), *hostile.words("run", *hostile.options, *words)]
+    tracer = hostile.popen(slowly)
+    pid1 = wait_until(lambda: read(hostile.dir / "pid"), "the pidfile").strip()
+    wait_until(lambda: capabilities(read(f"/proc/{pid1}/status"))[0] == DOCKERS_14, "init to come to capset")
+    other.rename(script)
+    try:
+        wait_until(lambda: tracer.poll() is not None, "the end of it")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid1), signal.SIGKILL)
+        result = ended(tracer)
+    said = refusal(result, 137)
+    assert said == "mydocker: the command became the program that runs mydocker: killed\n"
+    assert hashlib.sha256(Path(hostile.python).read_bytes()).digest() == before
+
+
+@root_only
 def test_no_process_of_the_container_is_the_hosts_python(mydocker):
     """What /proc/PID/exe opens is a file of the container, from PID 1 on."""
     inside = mydocker.out(PYTHON, "-c", """if 1:
@@ -2986,6 +3670,25 @@ def test_a_hostile_rootfs_cannot_lead_us_out(account, place, kind):
     assert (tree(victim), tree(hostile), tree(source)) == before
 
 
+@pytest.mark.parametrize("name, user", [("passwd", []), ("group", ["-u", "0"])], ids=["passwd", "group"])
+def test_no_users_are_looked_up_in_a_file_of_the_kernel(busybox, name, user):
+    """It might be /proc/kmsg: its reader waits, and takes the host's messages from who is to have them."""
+    busybox.path("layer/etc").joinpath(name).symlink_to("/proc/version")
+    said = refusal(busybox("--rootfs", busybox.dir / "layer", *user, "true"))
+    assert f"/etc/{name}" in said and "not a regular file" in said
+
+
+def test_no_users_are_looked_up_in_a_file_without_measure(busybox):
+    with busybox.path("layer/etc").joinpath("passwd").open("w") as file:
+        file.truncate(MIB + 1)
+    assert "at most 1 MiB" in refusal(busybox("--rootfs", busybox.dir / "layer", "true"))
+
+
+def test_a_line_of_passwd_with_a_nul_is_none(busybox):
+    busybox.path("layer/etc").joinpath("passwd").write_text("root:x:0:0:r:/ro\0ot:/bin/sh\n")
+    assert busybox.out("--rootfs", busybox.dir / "layer", *SH, "echo $HOME") == "/\n"
+
+
 @pytest.mark.parametrize("place", ["proc", "sys", "dev"])
 def test_a_symlink_in_the_place_of_a_kernel_filesystem_is_refused(account, overlay, place):
     layer = account.path("layer")
@@ -3011,13 +3714,19 @@ def test_no_directory_that_init_opens_is_a_way_out_for_the_command(busybox, opti
 
 
 def test_there_is_nothing_above_the_root(busybox):
-    script = "stat -c %d:%i / /.. /../.. | uniq | wc -l; ls /.. | grep -c old_root"
-    assert busybox(*SH, script).out.split() == ["1", "0"]
+    assert busybox.out(*SH, "stat -c %d:%i / /.. /../.. | uniq | wc -l") == "1\n"
 
 
 @pytest.mark.parametrize("kind", ["volume", "tmpfs"])
-@pytest.mark.parametrize("target", ["/link", "/x/../link", "/x/.."])
-@pytest.mark.parametrize("text", ["/", "/proc", "/proc/self", "/dev", "dev/pts"])
+@pytest.mark.parametrize(
+    "target, text",
+    [
+        *(("/link", text) for text in "/ /proc /proc/self /dev dev/pts /dev/null /dev/pts/ptmx".split()),
+        ("/x/../link", "/"),
+        ("/x/../link", "/proc"),
+        ("/x/..", "/"),
+    ],
+)
 def test_what_mydocker_relies_on_cannot_be_mounted_over(busybox, kind, target, text):
     """On the root it would be detached in place of the host's, which "/.." would then lead to."""
     layer = busybox.path("layer")
@@ -3026,6 +3735,23 @@ def test_what_mydocker_relies_on_cannot_be_mounted_over(busybox, kind, target, t
     option = ("--tmpfs", target) if kind == "tmpfs" else ("-v", f"{busybox.path('volume')}:{target}")
     said = refusal(busybox("--rootfs", layer, *option, "ls", "/.."))
     assert f"--{kind}" in said and "refused" in said
+
+
+@pytest.mark.parametrize("target", ["/dev/null", "/dev/pts/ptmx", "/dev/ptmx"])
+@pytest.mark.parametrize("options", [[], ["-t"]], ids=["", "terminal"])
+def test_no_file_of_the_host_takes_the_place_of_what_mydocker_opens_itself(busybox, target, options):
+    file = busybox.path("file", "")
+    said = refusal(busybox(*options, "-v", f"{file}:{target}", "true"))
+    assert f"--volume {target}" in said and "refused" in said
+
+
+@root_only
+def test_the_hosts_dev_can_be_a_volume_of_a_privileged_container_without_a_terminal(busybox):
+    """With one, its /dev/pts/0 would be somebody's on the host."""
+    words = ("--privileged", "-v", "/dev:/dev")
+    assert busybox.out(*words, *SH, "cat /dev/null && echo fine") == "fine\n"
+    said = refusal(busybox("-t", *words, "true"))
+    assert "--volume /dev" in said and "refused" in said
 
 
 def test_a_volume_cannot_be_led_out_by_a_link_in_another_volume(busybox):
@@ -3090,6 +3816,14 @@ FORBIDDEN = """if 1:
     os.setresgid(1, 1, 1)
     os.setresuid(1, 1, 1)
     os.execv(sys.argv[2], sys.argv[2:])"""
+
+
+@user_only
+def test_a_limit_that_nobody_has_delegated_is_refused_with_the_way_to_get_it(busybox):
+    if os.geteuid():
+        pytest.skip("to a session of this user a cgroup may be delegated")
+    said = refusal(busybox("-m", "50m", "true"))
+    assert "--memory" in said and "systemd-run --user --scope -p Delegate=yes" in said
 
 
 @user_only
@@ -3237,9 +3971,7 @@ def test_systemctl_stop_ends_the_container(service, properties, trap, status, sa
         container.line()
         namespace = os.readlink(f"/proc/{container.pid1}/ns/pid")
         cgroup = cgroup_of(container.pid1, "pids")
-        begin = time.monotonic()
         subprocess.check_call(["systemctl", "stop", container.name])
-        assert time.monotonic() - begin < 40  # by itself, not by systemd's SIGKILL
         assert not processes_in(namespace)
         assert not cgroup.exists() and not container.cgroup.exists()
         result = container.end()
@@ -3696,26 +4428,35 @@ def test_a_shared_cgroup_that_comes_and_goes_is_made_as_often_as_it_takes(busybo
     assert set(results) == {Result(0, "", "")}
 
 
+def corpses(caller, number):
+    """The cgroups that runs leave when they are killed by SIGKILL."""
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(caller.start("-m", "50m", *IDLE)) for _ in range(number)]
+        for run in runs:
+            run.line()
+        found = [cgroup_of(run.pid1, "memory") for run in runs]
+        namespaces = [os.readlink(f"/proc/{run.pid1}/ns/pid") for run in runs]
+        for run in runs:
+            run.process.kill()
+            run.process.wait()
+            run.pidfile.unlink()
+    wait_until(lambda: not any(map(processes_in, namespaces)), "the containers to die")
+    return found
+
+
 @root_only
-def test_the_sweep_of_a_busy_machine_takes_no_cgroup_of_the_living(busybox):
+def test_a_sweep_under_load_takes_the_cgroups_of_the_dead_and_none_of_the_living(busybox):
     """Runs that have just begun are empty, too, and others are killed all the while."""
-    corpses = []
     with busybox.start("-m", "50m", *IDLE) as container:
         container.line()
-        own = cgroup_of(container.pid1, "memory")
-        for _ in range(8):
-            for _ in range(4):
-                corpses.append(busybox.start("-m", "50m", "sleep", "1000"))
-                corpses[-1].process.kill()
+        for _ in range(4):
+            dead = corpses(busybox, 4)
+            assert all(path.exists() for path in dead)
             results = crowd(busybox, [["-m", "50m", "true"]] * 8, at_once=8)
             assert set(results) == {Result(0, "", "")}
-            assert str(container.pid1) in read(own / "cgroup.procs").split()
-        for corpse in corpses:
-            ended(corpse.process)
-            with contextlib.suppress(FileNotFoundError):
-                corpse.pidfile.unlink()
-    for _ in range(len(corpses) // 16 + 1):
-        busybox.out("-m", "50m", "true")
+            assert [path for path in dead if path.exists()] == []
+            alive = read(cgroup_of(container.pid1, "memory") / "cgroup.procs").split()
+            assert alive == [str(container.pid1)]
 
 
 # ---- Hostile insides -----------------------------------------------------------------
@@ -3752,20 +4493,6 @@ def test_a_file_bigger_than_the_memory_ends_by_the_limit_and_is_told(busybox, pl
     assert re.search("^mydocker: out of memory: .* 24 MiB .* files .*", result.err), result
 
 
-def test_a_command_that_ignores_every_signal_is_ended_by_the_second_request(busybox):
-    script = "trap '' 1 2 3 10 12 15 17 18 20 21 22; echo ready; while :; do sleep 1000; done"
-    with busybox.start("--stop-timeout", "1000", *SH, script) as container:
-        container.line()
-        for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGCONT, signal.SIGTERM):
-            container.send(number)
-        container.line("stderr") if container.process.poll() is not None else None
-        namespace = os.readlink(f"/proc/{container.pid1}/ns/pid")
-        container.send(signal.SIGINT)
-        result = container.end()
-        assert result.status == 137 and "second" in result.err
-        assert processes_in(namespace) == []
-
-
 @pytest.mark.parametrize("options", [[], ["-t"]], ids=["pipe", "terminal"])
 def test_a_command_whose_processes_stop_themselves_runs_on_until_it_is_ended(busybox, options):
     script = "sh -c 'kill -STOP $$' & kill -STOP 1; echo ready; wait"
@@ -3796,7 +4523,7 @@ def test_a_command_that_clears_its_pdeathsig_is_ended_on_request(mydocker):
 
 
 @pytest.mark.parametrize("interactive", [[], ["-i"]], ids=["t", "ti"])
-def test_input_that_nobody_reads_stands_in_nobodys_way(busybox, interactive):
+def test_input_that_nobody_reads_keeps_no_signal_from_the_command(busybox, interactive):
     flood = busybox.path("flood", "x" * MIB)
     script = "stty raw -echo; trap 'echo over; exit 7' TERM; echo ready; while :; do sleep 0.05; done"
     with open(str(flood)) as stdin:
@@ -3841,28 +4568,6 @@ def test_a_million_lines_reach_a_slow_reader_through_a_terminal(busybox):
     assert size == len(expected)
     assert seen.hexdigest() == hashlib.sha256(expected).hexdigest()
     assert ended(run).status == 0
-
-
-@pytest.mark.parametrize("options", [[], ["-t"]], ids=["pipe", "terminal"])
-def test_children_that_hold_stdout_do_not_hold_up_the_end(busybox, options):
-    script = "(trap '' HUP TERM; setsid sleep 1000 &) ; sleep 1000 & echo done; exit 3"
-    status, out, _ = busybox(*options, *SH, script)
-    assert (status, out.strip()) == (3, "done")
-
-
-def test_a_daemon_of_the_command_is_ended_with_it(mydocker):
-    source = """if 1:
-        import os, time
-        if os.fork() == 0:
-            os.setsid()
-            if os.fork():
-                os._exit(0)
-            print(os.readlink("/proc/self/ns/pid"), flush=True)
-            time.sleep(1000)
-        os.wait()
-        time.sleep(0.1)"""
-    namespace = mydocker("-w", "/", PYTHON, "-c", source).out.strip()
-    assert namespace.startswith("pid:") and processes_in(namespace) == []
 
 
 # ---- Bad input -----------------------------------------------------------------------
@@ -3948,10 +4653,9 @@ def test_no_command_line_at_all_gives_a_traceback_or_a_strange_status(account, n
 @pytest.mark.parametrize("text", ["0-999999999", "0-99999999"])
 def test_a_long_list_of_cpus_is_refused_at_once(busybox, text):
     """Not after it has been written out in memory."""
-    limited = ["prlimit", f"--as={1 << 30}"]
     need(shutil.which("prlimit"), "prlimit (util-linux)")
-    words = busybox.words("run", *busybox.options, "--cpuset-cpus", text, "true")
-    assert "cpuset" in refusal(ended(busybox.popen(limited + words)))
+    limited = ["prlimit", f"--as={1 << 30}"]
+    assert "cpuset" in refusal(busybox.under(limited, "--cpuset-cpus", text, "true"))
 
 
 # ---- Strange surroundings ------------------------------------------------------------
@@ -3959,8 +4663,7 @@ def test_a_long_list_of_cpus_is_refused_at_once(busybox, text):
 
 def within(caller, shell, *words, **how):
     """Run `mydocker.py run` by a shell that prepares and redirects: "$@" is the command."""
-    command = caller.words("run", *caller.options, *words)
-    return ended(caller.popen(["sh", "-c", shell, "sh", *command], **how))
+    return caller.under(["sh", "-c", shell, "sh"], *words, **how)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
@@ -4000,9 +4703,9 @@ def test_help_that_cannot_be_written_is_an_error(cli, words):
 
 
 @pytest.mark.parametrize("words", ["--version", "--help", "run --help"])
-def test_help_for_nobody_is_no_error(cli, words):
-    command = ["sh", "-c", 'exec "$@" >&-', "sh", *cli.__self__.words(*words.split())]
-    assert ended(cli.__self__.popen(command)) == Result(0, "", "")
+def test_help_for_nobody_is_no_error(anybody, words):
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *anybody.words(*words.split())]
+    assert ended(anybody.popen(command)) == Result(0, "", "")
 
 
 def test_a_stderr_that_cannot_be_written_changes_no_status(busybox):
@@ -4010,15 +4713,6 @@ def test_a_stderr_that_cannot_be_written_changes_no_status(busybox):
         assert within(busybox, f'"$@" {full}', "no-such-command").status == 127
         assert within(busybox, f'"$@" {full}', "-m", "lots", "true").status == USAGE_ERROR
         assert within(busybox, f'"$@" {full}', "--explain", "true").status == 0
-
-
-def test_a_reader_that_goes_away_ends_what_writes_to_a_terminal(busybox):
-    command = busybox.words("run", "--stop-timeout", "0", *busybox.options, "-t", "yes")
-    run = busybox.popen(command)
-    run.stdout.read(1 << 16)
-    run.stdout.close()
-    run.stdout = None
-    assert ended(run).status in (1, 129, 137)
 
 
 @pytest.mark.parametrize("number", [4, 5, 6, 8, 12, 16, 20, 24, 32])
@@ -4032,9 +4726,8 @@ def test_few_descriptors_are_enough_or_the_end_is_clear(busybox, number):
         assert number < 8 and result.out == ""
 
 
-def test_16_descriptors_are_enough_for_a_small_container(busybox):
-    result = within(busybox, 'ulimit -n 16; exec "$@"', "echo", "done")
-    assert result.status == 0 or "Too many open files" in refusal(result)
+def test_24_descriptors_are_enough(busybox):
+    assert within(busybox, 'ulimit -n 24; exec "$@"', "echo", "done") == Result(0, "done\n", "")
 
 
 DELETED = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
@@ -4069,3 +4762,83 @@ def test_a_narrow_umask_does_not_narrow_the_container(busybox):
     plain = within(busybox, '"$@"', *words)
     assert within(busybox, 'umask 077; "$@"', *words) == plain
     assert plain.out.startswith("0022\n")
+
+
+@pytest.mark.parametrize("module", ["ctypes", "fcntl", "termios", "select"])
+def test_an_incomplete_python_is_told_in_one_line(anybody, module):
+    """python3-minimal has no ctypes."""
+    source = """if 1:
+        import runpy, sys
+        sys.modules[sys.argv[1]] = None
+        runpy.run_path(sys.argv[2], run_name="__main__")"""
+    said = refusal(ended(anybody.popen([anybody.python, "-c", source, module, str(PROGRAM)])))
+    assert module in said and "apt-get install python3" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "how", ["sys.platform = 'darwin'", "sys.version_info = (3, 7)", "sys.maxsize = 2**31 - 1"]
+)
+def test_a_system_that_it_does_not_run_on_is_told_in_one_line(anybody, how):
+    source = f"import sys; {how}; exec(compile(open(sys.argv[1]).read(), 'mydocker.py', 'exec'))"
+    result = ended(anybody.popen([anybody.python, "-c", source, str(SOURCE)]))
+    assert refusal(result) == "mydocker: this needs a 64-bit Linux and Python 3.8 or newer\n"
+
+
+# ---- busybox-rootfs.sh ---------------------------------------------------------------
+
+
+@pytest.fixture
+def build(anybody, tmp_path):
+    """Run busybox-rootfs.sh DIR, by some account and with other variables."""
+
+    def run(directory, **environment):
+        how = {"cwd": str(tmp_path), "env": {**os.environ, **environment}, "preexec_fn": None}
+        return ended(anybody.popen([shutil.which("sh"), str(ROOTFS_SCRIPT), str(directory)], **how))
+
+    return run
+
+
+def test_the_rootfs_that_is_built_has_what_programs_expect(accounts):
+    for caller in accounts.values():
+        for name in "proc sys dev run tmp root etc/passwd etc/group etc/hosts bin/busybox".split():
+            assert (caller.rootfs / name).exists(), name
+        assert os.listdir(str(caller.rootfs / "proc")) == []
+        assert stat.S_IMODE((caller.rootfs / "tmp").stat().st_mode) == 0o1777
+
+
+def test_the_rootfs_that_is_built_has_every_program_of_busybox(anybody):
+    names = subprocess.check_output([str(anybody.rootfs / "bin/busybox"), "--list-full"]).decode().split()
+    assert [name for name in names if "/" in name and not (anybody.rootfs / name).exists()] == []
+
+
+def test_a_directory_that_is_not_empty_is_not_built_in(build, tmp_path):
+    (tmp_path / "mine").write_text("")
+    result = build(tmp_path)
+    assert result.status == 1 and "not an empty directory" in result.err
+    assert os.listdir(str(tmp_path)) == ["mine"]
+
+
+def test_an_empty_directory_is_built_in(build, tmp_path):
+    assert build(tmp_path) == Result(0, "", "")
+    assert (tmp_path / "bin/sh").exists()
+
+
+@pytest.mark.parametrize(
+    "program, said",
+    [("/bin/ls", "not a static 64-bit program"), ("/no/such/busybox", "/no/such/busybox")],
+    ids=["dynamic", "missing"],
+)
+def test_a_busybox_that_would_not_work_is_refused_and_nothing_is_left(build, tmp_path, program, said):
+    result = build("new", BUSYBOX=program)
+    assert (result.status, result.out) == (1, "") and said in result.err
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_without_a_busybox_it_is_said_what_to_install(build, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in "ls od tr dirname mkdir install rm mv cat".split():
+        (tools / tool).symlink_to(shutil.which(tool))
+    result = build("new", PATH=str(tools))
+    assert (result.status, result.out) == (1, "") and "apt-get install busybox-static" in result.err
+    assert os.listdir(str(tmp_path)) == ["tools"]
