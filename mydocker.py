@@ -1505,7 +1505,7 @@ def mount_new_root(options: Options, host: HostFiles) -> int:
         fd = open_path(SCRATCH, "the new root")
         mount_setattr(fd, MS_RDONLY | MS_NODEV, "all of it")
         os.close(fd)
-        log.warning("without root the host's files are read-only inside, but for an own /tmp and /run")
+        log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
         return -1
     why = "memory for what is written: it goes with the container"
     mount("tmpfs", SCRATCH, "tmpfs", TMPFS_FLAGS, "mode=700", why)
