@@ -296,7 +296,7 @@ def show(arg: object) -> str:
         return "NULL"
     if isinstance(arg, bytes) and arg.isascii():
         text = arg.decode()
-        if text.replace("\n", "").replace("\0", "").isprintable() and (text.strip("\0") or not text):
+        if "".join(text.split()).replace("\0", "").isprintable() and (text.strip("\0") or not text):
             arg = text
     if isinstance(arg, (bytes, ctypes.Array)):
         return f"<struct of {len(arg)} bytes>"
@@ -2550,8 +2550,7 @@ def layer_of(options: Options) -> str:
 def lock_upperdir(options: Options) -> None:
     """Make what --upperdir needs and lock it until this process ends: one container at a time."""
     layer, why = layer_of(options), f"--upperdir {options.upperdir}"
-    if not os.path.isdir(layer):
-        call("makedirs", layer, MODE_700, why=why)
+    call("makedirs", layer, MODE_700, True, why=why)  # True: it may exist, or be made by another run just now
     fd = call("open", layer, O_RDONLY, why=why)
     try:
         call("flock", fd, LOCK_EX_NB, why=why)
