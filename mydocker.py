@@ -191,6 +191,8 @@ class Log:
         self.json, self.explain = options.log_format == "json", options.explain
         if options.explain:  # a copy: with -t init's descriptor 2 becomes the container's terminal
             self.fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)
+        else:
+            self.fd = open_unblocked(2)
 
     def line(self, level: str, message: str, line_number: int = 0) -> None:
         """Write one line, in JSON with the line of this file that had the thing done."""
@@ -205,7 +207,8 @@ class Log:
             pairs = {"level": level, "msg": message, "source": source, "time": now}
             text = ",".join(f'"{key}":{json_string(value)}' for key, value in pairs.items())
             text = "{" + text + "}"
-        try:  # in one write, lest lines of two processes mix
+        try:  # in one write, lest lines of two processes mix; a terminal that is stopped is not waited for
+            poll({self.fd: select.POLLOUT}, time.monotonic() + 1)
             os.write(self.fd, (text + "\n").encode(errors="surrogateescape"))
         except OSError:
             pass  # a stderr that is gone must not change the exit status

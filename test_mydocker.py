@@ -2306,7 +2306,7 @@ def test_a_reader_that_reads_nothing_cannot_keep_a_run_from_its_end(busybox):
 def test_a_terminal_that_takes_nothing_cannot_keep_a_run_from_its_end(busybox, action):
     """After Ctrl-S, or in a window that hangs."""
     words = ("-t", "--stop-timeout", "0", "yes")
-    with busybox.terminal(*words, stderr=subprocess.DEVNULL) as window:
+    with busybox.terminal(*words) as window:
         window.expect("y")
         termios.tcflow(window.slave, action)
         wait_until(lambda: not select.select([], [window.slave], [], 0)[1], "it to be full")
