@@ -841,8 +841,7 @@ def take(options: Options, name: str, value: "str | None", rest: "list[str]") ->
 
 # ---- Cgroups, what it may use: Hierarchy, Cgroups ------------------------------------------------
 
-
-NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # how the kernel says that a cgroup is another's
 
 
 class Unavailable(Failure):
