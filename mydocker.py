@@ -1921,8 +1921,7 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
             call("write", pipes.status_write, TERMINAL_READY, why="run() may open our pty, then go on")
         argv = read_command(pipes.command_read)
         if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
-            score = str(options.oom_score_adj)
-            write_file("/proc/self/oom_score_adj", score, f"--oom-score-adj {score}")
+            write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
         join_cgroups(cgroups)
         uid, gid, groups, home = find_user(options)
         attach_stdio(options, uid)
