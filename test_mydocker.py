@@ -562,7 +562,7 @@ def nothing_is_left(playground):
         if os.geteuid():
             return []
         table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").split("\n")
-        return [row for row in table if " /run/user/" not in row]  # who logs out takes his from all namespaces
+        return [row for row in table if " /run/user/" not in row]  # a logout takes it from all namespaces
 
     mountinfo, cgroups, files = mounted_here(), cgroups_left(), temporary()
     yield
