@@ -8,7 +8,7 @@ A container is an ordinary process to which the kernel shows a world of its own:
 what it sees, a root filesystem what it has, cgroups what it may use, capabilities and seccomp what it
 may ask for. Two functions build one, joined by two pipes:
 
-    run()  outside                              init()  inside: PID 1, until it is the command
+    run()  outside                              init()  inside: PID 1, and then the command
     --------------------------------------      ----------------------------------------------
     parse(), prepare(): refuse what cannot work
     Cgroups.create(): limits, read back
@@ -25,11 +25,13 @@ may ask for. Two functions build one, joined by two pipes:
     wait, report, Cgroups.remove()
 
 Read from the top, where a section builds on those above it, or start with run() and init(), which
-are tables of contents. Every call that changes something outside this process goes through call(),
-and that is what `run --explain` prints; what changes only this process (close, umask, signal masks),
-what only looks (stat, access) and the bytes of the terminal do not.
+are tables of contents; the sections for the root filesystem and for init tell the story first, its
+steps after it. Every call that changes something outside this process goes through call(), which is what
+`run --explain` prints. It leaves out most of what changes only this process (close, umask) or only looks
+(stat), and the bytes of the terminal.
 
-The defaults are as tight as Docker's, but the kernel is shared: whoever exploits a bug in it is out.
+Capabilities, system calls and masked paths are as in Docker; there is no AppArmor or SELinux profile.
+The kernel is shared: whoever exploits a bug in it is out.
 See namespaces(7), pivot_root(2), cgroups(7), capabilities(7), seccomp(2), pty(7); in the kernel's own
 documentation, admin-guide/cgroup-v2.rst and filesystems/overlayfs.rst.
 """
@@ -57,7 +59,7 @@ except ImportError as missing:
     sys.exit(125)
 
 VERSION = "1.0"
-EXIT_MYDOCKER, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 125, 126, 127, 128  # docker run's
+EXIT_MYDOCKER, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 125, 126, 127, 128  # as docker run's
 
 # ---- Constants of the kernel: Flag, CLONE_*, MS_*, O_*, PR_* -------------------------------------
 
@@ -73,8 +75,9 @@ class Flag(int):
         return flag
 
     def __or__(self, other: int) -> "Flag":
-        names = [name for name in (repr(self), repr(other)) if name != "0"]  # by name: O_RDONLY is 0, too
-        return Flag("|".join(names) or "0", int(self) | int(other))
+        words = [name for flag in (self, other) for name in repr(flag).split("|")]
+        names = "|".join(name for name in dict.fromkeys(words) if name != "0")  # by name: O_RDONLY is 0, too
+        return Flag(names or "0", int(self) | int(other))
 
     def __repr__(self) -> str:
         return self.name
@@ -100,7 +103,7 @@ CLONE_NEWUSER = Flag("CLONE_NEWUSER", 0x10000000)
 CLONE_NEWPID = Flag("CLONE_NEWPID", 0x20000000)
 CLONE_NEWNET = Flag("CLONE_NEWNET", 0x40000000)
 
-# <linux/mount.h>
+# <linux/mount.h>, <sys/mount.h>, <linux/fcntl.h>
 MS_RDONLY = Flag("MS_RDONLY", 0x1)
 MS_NOSUID = Flag("MS_NOSUID", 0x2)
 MS_NODEV = Flag("MS_NODEV", 0x4)
@@ -207,7 +210,7 @@ class Log:
             pairs = {"level": level, "msg": message, "source": source, "time": now}
             text = ",".join(f'"{key}":{json_string(value)}' for key, value in pairs.items())
             text = "{" + text + "}"
-        try:  # in one write, lest lines of two processes mix; a terminal that is stopped is not waited for
+        try:  # in one write, lest lines of two processes mix; only --explain waits for a stopped terminal
             poll({self.fd: select.POLLOUT}, time.monotonic() + 1)
             os.write(self.fd, (text + "\n").encode(errors="surrogateescape"))
         except OSError:
@@ -246,8 +249,9 @@ MACHINES = {  # uname -m: which column of numbers below, AUDIT_ARCH_* of <linux/
     "loongarch64": (1, 0xC0000102),
 }
 COLUMN, ARCHITECTURE = MACHINES.get(os.uname().machine, (-1, 0))
-_NUMBERS = {"keyctl": (250, 219), "mount_setattr": (442, 442)}  # libc has no function for these
-# Arguments as in section 2 of the manual: s a string or struct, i int, l long, L unsigned long.
+_NUMBERS = {"keyctl": (250, 219), "mount_setattr": (442, 442)}  # made by syscall(2): not every libc has them
+# Arguments as in section 2 of the manual: s a string or struct, i int, l long, L unsigned long; for those of
+# _NUMBERS the number, l, comes first.
 # A call that is not here is made by Python's function of that name, in os or as _MODULES says.
 _PROTOTYPES = {
     "capget": "ss",
@@ -318,7 +322,7 @@ def call(name: str, *args: object, why: str, dir_fd: "int | None" = None):  # ty
     """Make the system call `name`, return its result; raise CallError, which tells what it was for.
 
     `why` is what --explain says of the call, and how the message begins if it fails. Every call that
-    changes something comes through here, so neither can miss one. str becomes bytes as by os.fsencode.
+    changes something comes through here, so --explain shows each. str becomes bytes as by os.fsencode.
     """
     if name not in _bound:
         _bound[name] = _bind(name)
@@ -328,9 +332,9 @@ def call(name: str, *args: object, why: str, dir_fd: "int | None" = None):  # ty
     try:
         result = _bound[name](*args, **at_directory)  # type: ignore[operator]
     except (OSError, termios.error) as error:
-        number = error.args[0] or errno.EIO
-        log.step(show_call(name, args, dir_fd), f"-1 {errno.errorcode.get(number, number)}", why)
-        raise CallError(number, show_call(name, args, dir_fd), why) from None
+        number, shown = error.args[0] or errno.EIO, show_call(name, args, dir_fd)
+        log.step(shown, f"-1 {errno.errorcode.get(number, number)}", why)
+        raise CallError(number, shown, why) from None
     if log.explain and (name != "fork" or result):  # fork returns twice, the story goes on once
         log.step(show_call(name, args, dir_fd), "0" if result is None else show(result), why)
     return result
@@ -339,7 +343,7 @@ def call(name: str, *args: object, why: str, dir_fd: "int | None" = None):  # ty
 HINTS = (  # how a call begins, its error, the remedy: where the error misleads, or has but one cause
     ('mount("overlay"', errno.ENODEV, "this kernel lacks overlay; on the host: modprobe overlay"),
     ('mount("overlay"', errno.EPERM, "overlay in a user namespace needs Linux 5.11; sudo works before"),
-    ('mount("overlay"', errno.EINVAL, "overlay takes no layers on overlay (a container in a container)"),
+    ('mount("overlay"', errno.EINVAL, "overlay takes no --upperdir on overlay, and no third overlay on two"),
     ('mount("overlay"', errno.ELOOP, "the same directory twice: each --rootfs has to be another"),
     ("pivot_root", errno.EINVAL, "the root here is an initramfs or a chroot: pivot_root cannot swap it"),
     ("unshare(CLONE_NEWPID", errno.EPERM,
@@ -348,7 +352,7 @@ HINTS = (  # how a call begins, its error, the remedy: where the error misleads,
 
 
 def as_failure(error: BaseException) -> Failure:
-    """Return what to tell of an exception. One not raised by call() is named after our function it met."""
+    """Return what to tell of an exception. An OSError not from call() begins with our function's name."""
     trace = error.__traceback__
     while trace and trace.tb_next and trace.tb_next.tb_frame.f_code.co_name not in TELLERS:
         trace = trace.tb_next
@@ -422,7 +426,7 @@ def read_to_end(fd: int, why: str) -> bytes:
 def write_file(path: str, value: str, why: str) -> None:
     """Write `value` to an existing file, in a single write(2), as files of the kernel require.
 
-    open(path, "w") would create the file where a controller is missing, and lose an EINVAL in close.
+    Not open(path, "w"): its O_CREAT makes a missing file of a cgroup EACCES, where set_limit() needs ENOENT.
     """
     fd = call("open", path, O_WRONLY, why=why)
     try:
@@ -696,7 +700,7 @@ class Limit(Option):
         self.controller = controller
         self.files = {1: v1_file, 2: v2_file}
         v1 = v1 or (lambda options: getattr(options, self.dest))
-        self.values = {1: v1, 2: v2 or v1}  # functions from Options to the value, None for none
+        self.values = {1: v1, 2: v2 or v1}  # functions from Options to the value, None: do not write it
 
 
 def shares_to_weight(shares: int) -> int:
@@ -717,6 +721,7 @@ def swap_of(options: Options) -> "str | None":
 
 CPU_PERIOD = 100000  # microseconds: the kernel's default
 
+# Written in this order: v1 refuses a memsw limit below the memory limit; on v2 swappiness 0 comes last.
 # Adding a limit is adding a row here, and its default to Options: this table is the parser, the help,
 # what is written, what is read back, and what the tests and the README are held against.
 LIMITS = (
@@ -854,7 +859,9 @@ class Unavailable(Failure):
 
 
 class Hierarchy:
-    """One mounted tree of cgroups: v2 has one, with the key ""; v1 one per controller or group of them."""
+    """One mounted tree of cgroups. A controller (memory, cpu) bounds one resource; v2 has one tree for all
+    of them, with the key "" in find_hierarchies(), v1 one per controller or group of them.
+    """
 
     def __init__(self, controllers: str, top: str, own: str) -> None:
         self.version = 1 if controllers else 2
@@ -921,7 +928,7 @@ class Cgroups:
         self.options = options
         self.name = f"{options.name or options.id}.{os.getpid()}.{start_time('self')}"
         self.used: "list[Hierarchy]" = []
-        # of those we have a cgroup in, each with a file: init writes "0" to it, which moves the writer
+        # each with an open file: init writes "0" to it, and the kernel moves the writer into our cgroup
         self.joins: "list[tuple[Hierarchy, int]]" = []
         self.leaf = ""  # the leaf below our own cgroup, when we had to move there
 
@@ -956,9 +963,9 @@ class Cgroups:
     def hurry_join(self) -> None:
         """On v2 wait for the kernel's cgroup lock now, while init makes its mounts.
 
-        The first write to any cgroup.procs waits 5 to 20 ms for an RCU grace period; one soon after does
-        not. So run() writes itself into the cgroup that it is in, which changes nothing, and init's own
-        write goes through at once.
+        The first write to any cgroup.procs waits 5 to 20 ms for an RCU grace period, until every CPU has
+        let go of what it was reading; one soon after does not. So run() writes itself into the cgroup that
+        it is in, which changes nothing, and init's own write goes through at once.
         """
         for hierarchy, _ in self.joins:
             if hierarchy.version == 2:
@@ -990,9 +997,8 @@ class Cgroups:
         if hierarchy.version == 2:
             hand_down(controllers, hierarchy.top, hierarchy.shared)
         elif "cpuset" in controllers:
-            inherit_cpuset(hierarchy.shared)
             inherit_cpuset(hierarchy.directory)
-        self.check_neighbours(hierarchy.shared)
+        self.check_neighbours(hierarchy.shared)  # now that ours is there: two of one --name see each other
         for limit, value in hierarchy.rows:
             self.set_limit(limit, value, hierarchy)
 
@@ -1001,12 +1007,12 @@ class Cgroups:
 
         `directory` stays "" when one did between the two mkdir calls; the caller tries again.
         """
-        own = f"{hierarchy.shared}/{self.name}"
+        directory = f"{hierarchy.shared}/{self.name}"
         try:
             if not os.path.isdir(hierarchy.shared):
                 call("mkdir", hierarchy.shared, MODE_755, why="the cgroup above all containers")
-            call("mkdir", own, MODE_755, why="the container's own cgroup")
-            hierarchy.directory = own
+            call("mkdir", directory, MODE_755, why="the container's own cgroup")
+            hierarchy.directory = directory
         except CallError as error:
             if error.errno in NOT_OURS:
                 raise Unavailable(str(error)) from None
@@ -1143,7 +1149,7 @@ def is_delegated(cgroup: str) -> bool:
         files = ("", "cgroup.procs", "cgroup.subtree_control")
         return all(os.access(f"{cgroup}/{file}", os.W_OK) for file in files)
     # to root everything is writable, which proves nothing: systemd marks what it gave away by Delegate=yes,
-    # and if it gave it to another user, he owns it
+    # and what it gave to another user belongs to that user
     marks = os.listxattr(cgroup)
     return ("trusted.delegate" in marks or "user.delegate" in marks) and os.stat(cgroup).st_uid == 0
 
@@ -1192,6 +1198,7 @@ def inherit_cpuset(cgroup: str) -> None:
     """Fill an empty v1 cpuset from the one above: v1 lets nobody into one without CPUs and nodes."""
     for file in ("cpuset.cpus", "cpuset.mems"):
         if not read_file(f"{cgroup}/{file}", "is it filled").strip():
+            inherit_cpuset(os.path.dirname(cgroup))  # from the top down: a --cgroup-parent may be empty, too
             above = read_file(f"{os.path.dirname(cgroup)}/{file}", "what the cgroup above has")
             write_file(f"{cgroup}/{file}", above.strip(), "v1: an empty cpuset lets nobody in")
 
@@ -1282,9 +1289,9 @@ def open_target(path: str, create: str, options: Options, why: str) -> int:
     """Return a descriptor, as open_in_root() does, for a place that may be mounted on.
 
     The root may not: the old root is still stacked there; the mount would land on top of it, and be
-    what umount2() then detaches in place of the old root. Nor may /proc, where what we read must come
-    from the kernel, nor, but for --privileged -v /dev:/dev, what we and run() open null and the
-    terminal by: /dev, /dev/null and what is in /dev/pts.
+    what umount2() then detaches in place of the old root. Refused, too: /proc, for what we read
+    there must come from the kernel; and /dev, /dev/null and all in /dev/pts, by which we and run() open
+    null and the terminal (--privileged without -t allows these).
     """
     fd = open_in_root(path, why, create)
     status = os.fstat(fd)
@@ -1319,7 +1326,7 @@ def create_file(path: str, why: str, dir_fd: "int | None" = None) -> None:
 
 
 def exists(path: str) -> bool:
-    """Tell whether `path` exists. os.path.exists() says no to every error, and what is to be hidden stays."""
+    """Tell whether `path` exists. os.path.exists() says no to every error: a path to hide would stay."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -1393,7 +1400,7 @@ def mount_overlay(
     for name in ("upper" + suffix, "work" + suffix):
         path = f"{at(layer)}/{name}"
         if not os.path.isdir(path):
-            call("mkdir", path, MODE_700, why="overlay keeps what is written here")
+            call("mkdir", path, MODE_700, why="a directory for the overlay")
             if name.startswith("upper"):  # the merged root has the owner and the mode of upperdir
                 status = os.stat(at(lowers[0]))
                 mode = stat.S_IMODE(status.st_mode)
@@ -1404,7 +1411,7 @@ def mount_overlay(
     upper, work = upper_and_work
     data = f"lowerdir={':'.join(map(at, lowers))},upperdir={at(upper)},workdir={at(work)}"
     if options.rootless:
-        data += ",userxattr"  # overlay marks files by xattrs: trusted.* takes the host's root
+        data += ",userxattr"  # overlay marks files by xattrs; trusted.* needs root outside
     try:
         mount("overlay", target, "overlay", nodev(options), data, why)
     finally:
@@ -1413,7 +1420,7 @@ def mount_overlay(
 
 
 def nodev(options: Options) -> Flag:
-    """Return what every mount gets unless --privileged: no device node on it can be opened."""
+    """Return MS_NODEV unless --privileged: for every mount on which a device node could be made."""
     return NO_FLAGS if options.privileged else MS_NODEV
 
 
@@ -1455,7 +1462,8 @@ class HostFiles:
         volumes += [("--volume", *volume) for volume in options.volume]
         self.volumes = [(open_path(source, f"{what} {source}"), target, read_only, f"{what} {target}")
                         for what, source, target, read_only in volumes]  # fmt: skip
-        self.layer = open_path(layer_of(options), "the --upperdir", O_PATH_DIR) if options.upperdir else -1
+        flags = O_PATH_DIR | O_NOFOLLOW
+        self.layer = open_path(layer_of(options), "--upperdir", flags) if options.upperdir else -1
         self.sys = -1
         if host_network and options.rootless:  # only the owner of a network namespace may mount its sysfs
             self.sys = open_path("/sys", "the host's, as is the network")
@@ -1491,7 +1499,7 @@ def enter_rootfs(options: Options) -> None:
     call("umount2", ".", MNT_DETACH, why="let go of the old root: nothing of the host is here any more")
     if not os.path.samestat(os.stat("/.."), os.stat("/")):
         raise Failure("the old root is still there")
-    if options.read_only:  # last, because mount points were made there
+    if options.read_only and layer >= 0:  # last: mount points were made there; without a layer it is so
         flags = MS_REMOUNT | MS_BIND | MS_RDONLY | nodev(options)
         for place in ["/", *[at(fd) for fd in overlays if fd >= 0]]:
             mount(None, place, None, flags, None, "--read-only: not what is mounted on it")
@@ -1500,7 +1508,10 @@ def enter_rootfs(options: Options) -> None:
 
 
 def mount_new_root(options: Options, host: HostFiles) -> int:
-    """Mount the root-to-be on SCRATCH; return a descriptor of the directory of its writable layer."""
+    """Mount the root-to-be on SCRATCH; return a descriptor of its writable layer's directory, -1 for none.
+
+    Two mounts on one place: the overlay covers the tmpfs, which only that descriptor still reaches.
+    """
     if options.rootless and not options.rootfs:
         why = "the host's root with all that is mounted below: overlay would show what mounts cover"
         mount("/", SCRATCH, None, MS_BIND | MS_REC, None, why)
@@ -1530,7 +1541,7 @@ def mount_host_filesystem(path: str, lower: int, layer: int, options: Options) -
             mount_overlay([lower], layer, suffix, at(target), options, why)
             return open_in_root(path, why)
         except CallError as error:  # EINVAL: overlay takes no directory of this filesystem, such as FAT
-            if error.errno not in (errno.EINVAL, errno.ENAMETOOLONG):  # and that: the suffix is too long
+            if error.errno not in (errno.EINVAL, errno.ENAMETOOLONG):  # that: the suffix
                 raise
         finally:
             os.close(target)
@@ -1554,7 +1565,7 @@ def mount_volumes(options: Options, volumes: "list[tuple[int, str, bool, str]]")
 def bind(source: int, target: str, read_only: bool, options: Options, why: str, rec: Flag = MS_REC) -> None:
     """Show what is behind `source` at `target` inside, made in the writable layer if missing.
 
-    With MS_REC in `rec`, and with what is mounted below it.
+    With MS_REC in `rec` what is mounted below it comes along.
     """
     status = os.stat(at(source))
     fd = open_target(target, "dir" if stat.S_ISDIR(status.st_mode) else "file", options, why)
@@ -1611,7 +1622,7 @@ def mount_sys(options: Options, host_sys: int) -> None:
     flags = INERT | (NO_FLAGS if options.privileged else MS_RDONLY)
     if host_sys < 0:
         mount("sysfs", at(fd), "sysfs", flags, None, "devices as the network namespace has them")
-    else:  # only the owner of a network namespace may mount its sysfs
+    else:
         mount(at(host_sys), at(fd), None, MS_BIND | MS_REC, None, "the host's, as is the network")
         mount_setattr(open_mount_point("/sys"), MS_RDONLY | MS_NODEV, "all of it")
     os.close(fd)
@@ -1633,7 +1644,7 @@ def mount_cgroup(hierarchies: "list[Hierarchy]") -> None:
     """Mount /sys/fs/cgroup, read-only. Runs in init, in a cgroup namespace: its root is our cgroup."""
     top, flags, why = "/sys/fs/cgroup", MS_RDONLY | INERT, "the container's own cgroup, nothing above"
     if not hierarchies:
-        if os.listdir(top):  # that of the host, whose /sys --network host shows without root
+        if os.listdir(top):  # without root, --network host shows the host's /sys with its cgroups
             mount("tmpfs", top, "tmpfs", flags, "size=0", "hide the host's")
         return
     if not any(hierarchy.controllers for hierarchy in hierarchies):
@@ -1651,7 +1662,7 @@ def mount_cgroup(hierarchies: "list[Hierarchy]") -> None:
 
 # ---- Isolation, what it may ask for: seccomp_filter, drop_privileges -----------------------------
 
-# What the container's root keeps: Docker's 14. MKNOD does no harm where every mount is nodev.
+# What the container's root keeps: Docker's 14. MKNOD is harmless: where a node can be made all is nodev.
 DEFAULT_CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP
     NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE""".split()
 
@@ -1754,7 +1765,7 @@ def join_session_keyring() -> None:
 
 
 def cut_bounding_set(kept: "set[str]") -> None:
-    """Drop from the bounding set what is not kept: then no program executed inside can get it.
+    """Drop from the bounding set what is not kept: execve gives root all of it, whatever capset left.
 
     Runs in init while it has CAP_SETPCAP. See capabilities(7).
     """
@@ -1825,14 +1836,15 @@ def find_user(options: Options) -> "tuple[int, int, list[int], str]":
 def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -> None:
     """Give up, for good, what the command is not to have. Runs in init, last before execve.
 
-    In this order: cutting the bounding set needs CAP_SETPCAP, which a change of user takes away; the
-    filter comes last because it refuses calls made before it, keyctl among them. See credentials(7).
+    In this order: cutting the bounding set and setting groups need what a change of user takes away;
+    without CAP_SYS_ADMIN the kernel takes a filter only after no_new_privs; and the filter is last
+    because it refuses calls made before it, keyctl among them. See credentials(7), seccomp(2).
     """
     kept = find_kept_capabilities(options)
     join_session_keyring()
     cut_bounding_set(kept)
     try:
-        if not options.rootless:  # there it is denied: to leave a group that a file shuts out is to get in
+        if not options.rootless:  # denied there: a file may shut out a group, and who leaves that gets in
             call("setgroups", groups, why="its groups, none of the caller's")
         call("setresgid", gid, gid, gid, why="its group")
         call("setresuid", uid, uid, uid, why="its user")
@@ -1855,7 +1867,7 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
         call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, where, 0, 0, why=why)
 
 
-# ---- Init, inside, PID 1 until it becomes the command: init, execute -----------------------------
+# ---- Init, inside, PID 1, which becomes the command: init, execute -------------------------------
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TERMINAL_READY = b"T"  # on the status pipe: the devpts is there
@@ -1924,8 +1936,8 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
             write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
         join_cgroups(cgroups)
         uid, gid, groups, home = find_user(options)
+        enter_workdir(options)  # it may warn, and with -t our stderr may be the container's terminal next
         attach_stdio(options, uid)
-        enter_workdir(options)
         env = environment(options, hostname, home)
         for path in find_command(argv[0], env["PATH"]):
             refuse_own_interpreter(path)
@@ -2019,7 +2031,7 @@ def enter_workdir(options: Options) -> None:
         chdir_inside(options.workdir, f"--workdir {options.workdir}", "dir")
     elif not options.rootfs:
         private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())
-        try:  # of a private place, what is there inside is not what the caller sees
+        try:  # a private place has other files inside, under the same names
             visible = options.cwd and not is_below(options.cwd, private)
             if visible:
                 chdir_inside(options.cwd, "the caller's directory")
@@ -2093,12 +2105,12 @@ def execute(argv: "list[str]", env: "dict[str, str]") -> None:
 def refuse_own_interpreter(path: str) -> None:
     """Refuse what leads to the host's Python by /proc/self/exe: a command, or what its #! names.
 
-    Until execve that link of this process is the file that runs mydocker, on the host. Executed with
-    the image's own loader it would be the image's code with a hand on that file (CVE-2019-5736). Done
-    as root: the kernel reads the #! of a script that the command's user may not read. run() looks once
-    more, when it runs, for what leads there by another way: Container.check_program().
+    Until execve, our /proc/self/exe is the host's Python. A command that leads there would start it with
+    the image's own loader: code of the image that can open the host's Python to write (CVE-2019-5736).
+    Done as root: the kernel reads the #! of a script that the command's user may not read. run() looks
+    once more, when it runs, for what leads there by another way: Container.check_program().
     """
-    for _ in range(6):  # one more than the kernel follows
+    for _ in range(6):  # the command, and the 5 interpreters that the kernel follows
         try:
             if is_own_interpreter(path):
                 text = f"{path}: leads to the program that runs mydocker: refused"
@@ -2117,7 +2129,7 @@ def find_interpreter(path: str) -> str:
     fd = os.open(path, O_RDONLY)
     head = os.read(fd, 256)
     os.close(fd)
-    # up to a newline or a NUL; nothing but spaces and tabs is between words, as it is for bytes.split()
+    # up to a newline or a NUL; words part at spaces and tabs, not at all that bytes.split() takes
     words = head[2:].partition(b"\n")[0].partition(b"\0")[0].replace(b"\t", b" ").split(b" ")
     return os.fsdecode(next(filter(None, words), b"")) if head[:2] == b"#!" else ""
 
@@ -2210,8 +2222,9 @@ def open_unblocked(fd: int) -> int:
 class Terminal:
     """The outside end of the container's terminal.
 
-    The pty is made in the container's own devpts, so that it has a name there; only its master is
-    here. The caller's terminal never goes in: whoever holds a terminal can type into it (TIOCSTI).
+    A pty is a pair: what is written to one end, the master, the other reads as if typed. It is made in the
+    container's own devpts, so that it has a name there; only its master is here. The caller's terminal
+    never goes in: whoever holds a terminal can type into it (TIOCSTI).
     """
 
     def __init__(self, pid: int, interactive: bool) -> None:
@@ -2307,7 +2320,7 @@ class Container:
         self.pipes, self.signal_fd = pipes, signal_fd
         self.wstatus: "int | None" = None  # as wait(2) has it; None while the container lives
         self.received = b""  # what init sent through the status pipe
-        self.started = False  # it has become the command
+        self.started = False  # the status pipe has ended without a failure
         self.early_signals: "list[int]" = []  # signals from before that
         self.stopped_by = 0
         self.deadline: "float | None" = None
@@ -2316,8 +2329,7 @@ class Container:
 
     def supervise(self) -> int:
         """Relay signals and terminal until the command has ended; return its wait status."""
-        # polled in this order: a process that has ended wrote its status before, so when SIGCHLD is seen,
-        # the pipe looked at after it is complete
+        # poll(2) looks at signals first: when it sees SIGCHLD, what init wrote before its end is in the pipe
         watched = {self.signal_fd: select.POLLIN, self.pipes.status_read: select.POLLIN}
         if not self.options.tty:
             self.send_command()
@@ -2327,7 +2339,7 @@ class Container:
                 fd, events = pump.interest()
                 interests[fd] = interests.get(fd, 0) | events
             ready = poll(interests, self.deadline)
-            # taken in this one: a signal that came when the command ran already is for the command
+            # handled the other way round: a signal that came when the command ran already is for the command
             if ready.get(self.pipes.status_read) and self.read_status():
                 del watched[self.pipes.status_read]
             if ready.get(self.signal_fd):
@@ -2391,14 +2403,15 @@ class Container:
         try:
             self.terminal = Terminal(self.pid, self.options.interactive)
         except CallError as error:
-            if error.errno != errno.ENOENT and not self.stopped_by:
+            if error.errno != errno.ENOENT and not self.stopped_by:  # ENOENT: init was killed meanwhile
                 raise
-        else:  # in place of ENOENT, which says that init has been killed meanwhile
+        else:
             self.send_command()
 
     def hold_files(self) -> None:
         """Hold the writable layer and /dev/shm open: their size is asked for when the container is gone."""
-        for path in ("/", "/dev/shm"):
+        in_memory = not self.options.upperdir and (self.options.rootfs or not self.options.rootless)
+        for path in ("/", "/dev/shm") if in_memory else ("/dev/shm",):
             fd = attempt(os.open, f"/proc/{self.pid}/root{path}", O_PATH_DIR | O_NOFOLLOW)
             if fd:  # else it has ended already
                 self.file_fds.append(fd)
@@ -2410,7 +2423,7 @@ class Container:
             usage = os.fstatvfs(fd)
             total += (usage.f_blocks - usage.f_bfree) * usage.f_frsize
             os.close(fd)
-        return 0 if self.options.upperdir else total
+        return total
 
     def take_signals(self) -> None:
         """Take the signals that are pending: 128 bytes each, struct signalfd_siginfo."""
@@ -2515,6 +2528,8 @@ def enter_user_namespace() -> None:
 
 def prepare(options: Options) -> None:
     """Refuse what cannot work, and fill in what follows from the rest, before anything is done."""
+    if os.readlink("/proc/self") != str(os.getpid()):  # we would take strangers for our processes
+        raise Failure("/proc is that of another pid namespace", "mount -t proc proc /proc")
     if options.memory is None and options.memory_swap is not None:
         raise Failure("--memory-swap: it is memory plus swap, so it needs --memory")
     if options.memory is not None:
@@ -2526,7 +2541,7 @@ def prepare(options: Options) -> None:
     for path in options.rootfs:
         if not os.path.isdir(path):
             raise Failure(f"--rootfs {path}: {'not a' if os.path.lexists(path) else 'no such'} directory")
-        if options.upperdir and is_below(os.path.realpath(options.upperdir), (os.path.realpath(path),)):
+        if options.upperdir and is_below(os.path.realpath(layer_of(options)), (os.path.realpath(path),)):
             raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
     for source, target, _ in options.volume:
         if not os.path.exists(source):
@@ -2535,8 +2550,12 @@ def prepare(options: Options) -> None:
         raise Failure("--upperdir: without root the view of the host is read-only", "--rootfs, or sudo")
     if options.pidfile and os.path.lexists(options.pidfile):  # one that was left by a killed run
         path = options.pidfile
-        if not os.path.isfile(path) or not is_number(read_file(path, "is it a pidfile").strip() or "0"):
+        pid = read_file(path, "is it a pidfile").strip() if os.path.isfile(path) else "-"
+        if pid and not is_number(pid):
             raise Failure(f"--pidfile {path}: it exists and holds something other than a pid: not replaced")
+        theirs = attempt(os.stat, f"/proc/{pid or 0}/ns/pid")
+        if theirs and not os.path.samestat(theirs, os.stat("/proc/self/ns/pid")):
+            raise Failure(f"--pidfile {path}: in use by the container of process {pid}")
     try:
         options.cwd = os.getcwd()
     except OSError:
@@ -2552,7 +2571,10 @@ def lock_upperdir(options: Options) -> None:
     """Make what --upperdir needs and lock it until this process ends: one container at a time."""
     layer, why = layer_of(options), f"--upperdir {options.upperdir}"
     call("makedirs", layer, MODE_700, True, why=why)  # True: it may exist, or be made by another run just now
-    fd = call("open", layer, O_RDONLY, why=why)
+    fd = call("open", layer, O_RDONLY | O_NOFOLLOW, why=why)
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise Failure(f"{why}: {layer} is open to others, who could use its setuid programs: refused")
     try:
         call("flock", fd, LOCK_EX_NB, why=why)
     except CallError as error:
@@ -2616,8 +2638,6 @@ def run(options: Options, argv: "list[str]") -> int:
         tolerate(cgroups.remove)
     if container.received:
         raise parse_failure(container.received)
-    if not container.started:  # killed, by a signal to us or for memory, before it was the command
-        return EXIT_SIGNAL + (container.stopped_by or signal.SIGKILL)
     if os.WIFSIGNALED(wstatus):
         return EXIT_SIGNAL + os.WTERMSIG(wstatus)
     return os.WEXITSTATUS(wstatus)

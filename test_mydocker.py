@@ -1094,6 +1094,31 @@ def test_a_setuid_program_made_inside_is_none_for_the_users_of_the_host(busybox,
         accounts["user"].popen([str(program), "id"])
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701], ids=oct)
+def test_a_layer_that_others_may_enter_is_refused(busybox, mode):
+    layer = busybox.path("kept/layer", mode=mode)
+    assert f"{layer} is open to others" in refusal(busybox("--upperdir", layer.parent, "true"))
+    assert list(layer.iterdir()) == []
+
+
+@root_only
+def test_a_layer_that_another_made_is_refused(busybox):
+    layer = busybox.path("kept/layer", mode=0o700)
+    os.chown(str(layer), ORDINARY_UID, ORDINARY_UID)
+    assert f"{layer} is open to others" in refusal(busybox("--upperdir", layer.parent, "true"))
+
+
+@pytest.mark.parametrize("to_rootfs", [False, True], ids=["elsewhere", "rootfs"])
+def test_a_layer_that_is_a_link_is_not_followed(account, overlay, to_rootfs):
+    bare, victim, kept = account.path("bare"), account.path("victim", mode=0o700), account.path("kept")
+    ended(account.popen(["cp", "-a", f"{account.rootfs}/bin", str(bare)]))
+    (kept / "layer").symlink_to(bare if to_rootfs else victim)
+    before = tree(bare)
+    said = refusal(account("--rootfs", bare, "--upperdir", kept, "true"))
+    assert f"--upperdir {kept}" in said
+    assert list(victim.iterdir()) == [] and tree(bare) == before
+
+
 @pytest.mark.parametrize("place", ["", "below", "link"])
 def test_an_upperdir_in_the_rootfs_is_refused_and_not_made(account, overlay, place):
     bare = account.path("bare")
@@ -1282,6 +1307,13 @@ def test_without_root_a_few_places_are_writable_and_the_containers_own(mydocker,
 def test_the_hosts_sockets_in_run_are_not_visible(mydocker):
     assert os.listdir("/run")
     assert mydocker("ls", "-A", "/run").out == ""
+
+
+@pytest.mark.parametrize("how", [(), ("--explain",), ("--log-format", "json")], ids=" ".join)
+def test_with_a_terminal_what_mydocker_says_is_not_in_the_commands_output(mydocker, how):
+    result = mydocker(*how, "-t", "echo", "fine", cwd="/run")
+    assert result.out == "fine\r\n"
+    assert "current directory /run is not visible" in result.err
 
 
 def test_a_callers_directory_that_is_not_visible_gives_the_root_and_a_line(mydocker):
@@ -1585,6 +1617,15 @@ def test_a_pidfile_replaces_no_other_file(busybox, text):
     file = busybox.path("file", text)
     assert str(file) in refusal(busybox("--pidfile", file, "true"))
     assert file.read_text() == text
+
+
+def test_the_pidfile_of_a_living_container_is_not_taken_over(busybox):
+    with busybox.start(*IDLE) as container:
+        container.line()
+        pid1 = container.pid1
+        said = refusal(busybox("--pidfile", container.pidfile, "true"))
+        assert f"in use by the container of process {pid1}" in said
+        assert container.pidfile.read_text() == f"{pid1}\n"
 
 
 def test_a_pidfile_is_written_through_no_link(busybox):
@@ -1964,6 +2005,22 @@ def test_a_limit_that_the_kernel_makes_another_of_ends_the_run(busybox):
         pytest.skip("cgroup v2 with memory, where so much is as good as no limit")
     said = refusal(busybox("-m", str((1 << 63) - 1), "true"))
     assert re.search("the kernel .*max.* 9223372036854775807 ", said)
+
+
+@root_only
+def test_an_empty_cpuset_of_the_cgroup_parent_is_filled(busybox):
+    """v1 makes every new one empty."""
+    if version("cpuset") != 1:
+        pytest.skip("cgroup v1 with cpuset")
+    parent = Path(cgroup_mounts()["cpuset"], "test-empty")
+    parent.mkdir()
+    try:
+        words = ("--cgroup-parent", "/test-empty", "--cpuset-cpus", "0", "--pids-limit", "-1")
+        script = "grep Cpus_allowed_list /proc/self/status"
+        assert busybox.out(*words, *SH, script).split() == ["Cpus_allowed_list:", "0"]
+    finally:
+        for directory, _, _ in os.walk(str(parent), topdown=False):
+            os.rmdir(directory)
 
 
 @root_only
@@ -2882,12 +2939,21 @@ def test_init_by_hand_refuses_and_changes_nothing(account, host_mounts, around, 
 
     if around and account.uid:
         around = [around[0], "--user", "--map-root-user", *around[1:]]
-    host = f"/proc/{os.getppid()}/mountinfo"
-    before = read(host)
+    def host():
+        return [row for row in read(f"/proc/{os.getppid()}/mountinfo").split("\n") if "mydocker" in row or
+                not account.uid and " /run/user/" not in row]  # fmt: skip
+
+    before = host()
     command = [*around, *account.words(*words)]
     result = ended(account.popen(command, stdin=subprocess.PIPE, preexec_fn=become), b"/bin/true\0")
     assert "init" in refusal(result)
-    assert read(host) == before
+    assert host() == before
+
+
+def test_a_proc_of_another_pid_namespace_is_refused(busybox):
+    """Its numbers would name strangers."""
+    around = ["unshare", *(["--user", "--map-root-user"] if busybox.uid else []), "--pid", "--fork"]
+    assert "another pid namespace" in refusal(busybox.under(around, "-t", "echo", "no"))
 
 
 @root_only
@@ -4505,10 +4571,11 @@ def test_a_fork_bomb_leaves_the_host_at_work_and_can_be_ended(mydocker):
 
 
 @root_only
-@pytest.mark.parametrize("place", ["/dev/shm", "/tmp", ""])
-def test_a_file_bigger_than_the_memory_ends_by_the_limit_and_is_told(busybox, place):
+@pytest.mark.parametrize("place, kept", [("/dev/shm", ""), ("/tmp", ""), ("", ""), ("/dev/shm", "kept")])
+def test_a_file_bigger_than_the_memory_ends_by_the_limit_and_is_told(busybox, place, kept):
     fill = f"dd if=/dev/zero of={place}/file bs=1M count=60"
-    result = busybox("-m", "24m", *SH, f"{fill} 2>/dev/null; exit 0")
+    keep = ("--upperdir", busybox.dir / kept) if kept else ()
+    result = busybox(*keep, "-m", "24m", *SH, f"{fill} 2>/dev/null; exit 0")
     assert result.status in (0, 137)
     assert re.search("^mydocker: out of memory: .* 24 MiB .* files .*", result.err), result
 

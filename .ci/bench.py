@@ -107,7 +107,8 @@ def per_second(command):
         while left and len(running) < AT_ONCE:
             running.append(start(command))
             left -= 1
-        running.pop(0).wait()
+        if running.pop(0).wait():
+            sys.exit(f"failed: {' '.join(command)}")
     return BATCH / (time.monotonic() - begin)
 
 
@@ -115,7 +116,8 @@ def mebibytes(command):
     """Proportional memory (PSS) of all that stays on the host for a container, with WAITING of them."""
     waiting = [start([*command], stdout=subprocess.PIPE) for _ in range(WAITING)]
     for process in waiting:
-        process.stdout.readline()  # all are up
+        if not process.stdout.readline():  # when it has a line, it is up
+            sys.exit(f"failed: {' '.join(command)}")
     parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
