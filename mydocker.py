@@ -1541,7 +1541,7 @@ def mount_host_filesystem(path: str, lower: int, layer: int, options: Options) -
             mount_overlay([lower], layer, suffix, at(target), options, why)
             return open_in_root(path, why)
         except CallError as error:  # EINVAL: overlay takes no directory of this filesystem, such as FAT
-            if error.errno not in (errno.EINVAL, errno.ENAMETOOLONG):  # that: the suffix
+            if error.errno not in (errno.EINVAL, errno.ENAMETOOLONG):  # too long: the suffix
                 raise
         finally:
             os.close(target)

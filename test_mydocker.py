@@ -410,6 +410,11 @@ def start_time(pid):
     return "".join(read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19:20])
 
 
+def mounts_of(pid):
+    """What a process has mounted, but for a login's: a logout takes that from all namespaces."""
+    return [row for row in read(f"/proc/{pid}/mountinfo").split("\n") if " /run/user/" not in row]
+
+
 def cgroups_left():
     """What runs that have ended left of NAME.PID.START, and of the mydocker above it."""
     found = set()
@@ -559,10 +564,7 @@ def nothing_is_left(playground):
 
     def mounted_here():
         """To a user who is not root the namespace is everybody's, and he cannot mount in it."""
-        if os.geteuid():
-            return []
-        table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").split("\n")
-        return [row for row in table if " /run/user/" not in row]  # a logout takes it from all namespaces
+        return mounts_of("self") if os.geteuid() == 0 else []
 
     mountinfo, cgroups, files = mounted_here(), cgroups_left(), temporary()
     yield
@@ -2939,15 +2941,11 @@ def test_init_by_hand_refuses_and_changes_nothing(account, host_mounts, around, 
 
     if around and account.uid:
         around = [around[0], "--user", "--map-root-user", *around[1:]]
-    def host():
-        return [row for row in read(f"/proc/{os.getppid()}/mountinfo").split("\n") if "mydocker" in row or
-                not account.uid and " /run/user/" not in row]  # fmt: skip
-
-    before = host()
+    before = mounts_of(os.getppid())
     command = [*around, *account.words(*words)]
     result = ended(account.popen(command, stdin=subprocess.PIPE, preexec_fn=become), b"/bin/true\0")
     assert "init" in refusal(result)
-    assert host() == before
+    assert mounts_of(os.getppid()) == before
 
 
 def test_a_proc_of_another_pid_namespace_is_refused(busybox):
