@@ -24,11 +24,11 @@ may ask for. Two functions build one, joined by two pipes:
     | <------------ EOF of the status pipe ---- execve: the command is PID 1
     wait, report, Cgroups.remove()
 
-Read from the top, where a section builds on those above it, or start with run() and init(), which
-are tables of contents; the sections for the root filesystem and for init tell the story first, its
-steps after it. Every call that changes something outside this process goes through call(), which is what
-`run --explain` prints. It leaves out most of what changes only this process (close, umask) or only looks
-(stat), and the bytes of the terminal.
+Read from the top, where a section builds on those above it (only Log uses two helpers from below it),
+or start with run() and init(), which are tables of contents; the sections for the root filesystem and
+for init tell the story first, its steps after it. Every call that changes something outside this process
+goes through call(), which is what `run --explain` prints. It leaves out most of what changes only this
+process (close, umask) or only looks (stat), and the bytes of the terminal.
 
 Capabilities, system calls and masked paths are as in Docker; there is no AppArmor or SELinux profile.
 The kernel is shared: whoever exploits a bug in it is out.
@@ -125,6 +125,7 @@ O_CLOEXEC = Flag("O_CLOEXEC", os.O_CLOEXEC)
 O_NOFOLLOW = Flag("O_NOFOLLOW", os.O_NOFOLLOW)
 O_RDONLY = Flag("O_RDONLY", os.O_RDONLY) | O_CLOEXEC
 O_WRONLY = Flag("O_WRONLY", os.O_WRONLY) | O_CLOEXEC
+# O_CREATE, O_REPLACE, O_PATH_DIR and O_PTY are our names for several of them together
 O_CREATE = Flag("O_WRONLY|O_CREAT|O_EXCL", os.O_WRONLY | os.O_CREAT | os.O_EXCL) | O_CLOEXEC
 O_REPLACE = Flag("O_WRONLY|O_CREAT|O_TRUNC", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) | O_CLOEXEC
 O_PATH = Flag("O_PATH", os.O_PATH) | O_CLOEXEC
@@ -198,9 +199,9 @@ class Log:
             self.fd = open_unblocked(2)
 
     def line(self, level: str, message: str, line_number: int = 0) -> None:
-        """Write one line, in JSON with the line of this file that had the thing done."""
+        """Write one line; in JSON with the number of the line of this file that is responsible."""
         # a name that an image or a caller chose must not add a line, nor speak to the terminal
-        text = "".join(repr(c)[1:-1] if c < " " or "\x7f" <= c < "\xa0" else c for c in message)
+        text = "".join(repr(c)[1:-1] if is_control(c) else c for c in message)
         if self.json:
             frame = sys._getframe(1)
             while frame.f_back and frame.f_code.co_name in TELLERS:
@@ -234,8 +235,14 @@ class Log:
 
 def json_string(text: str) -> str:
     """Return `text` as JSON has it, without 7 ms of import json."""
-    quoted = (f"\\u{ord(c):04x}" if c < " " or c in '"\\' or "\ud800" <= c < "\ue000" else c for c in text)
-    return '"' + "".join(quoted) + '"'
+    escaped = (f"\\u{ord(c):04x}" if is_control(c) or c in '"\\' or "\ud800" <= c < "\ue000" else c
+               for c in text)  # fmt: skip
+    return '"' + "".join(escaped) + '"'
+
+
+def is_control(c: str) -> bool:
+    """Tell whether a character may command a terminal; "\udc80" is the byte 0x80 where it is no UTF-8."""
+    return c < " " or "\x7f" <= c < "\xa0" or "\udc80" <= c < "\udca0"
 
 
 log = Log()
@@ -321,8 +328,8 @@ def show_call(name: str, args: "tuple[object, ...]", dir_fd: "int | None") -> st
 def call(name: str, *args: object, why: str, dir_fd: "int | None" = None):  # type: ignore[no-untyped-def]
     """Make the system call `name`, return its result; raise CallError, which tells what it was for.
 
-    `why` is what --explain says of the call, and how the message begins if it fails. Every call that
-    changes something comes through here, so --explain shows each. str becomes bytes as by os.fsencode.
+    `why` is what --explain says of the call, and how the message begins if it fails. What changes something
+    outside this process comes through here, so --explain shows it. str becomes bytes as by os.fsencode.
     """
     if name not in _bound:
         _bound[name] = _bind(name)
@@ -388,7 +395,9 @@ def tolerate(step, *args: object, **keywords: object) -> None:  # type: ignore[n
 def mount(
     source: "str | None", target: str, fstype: "str | None", flags: int, data: "str | None", why: str
 ) -> None:
-    """Attach a filesystem, or change how it is attached. See mount(2)."""
+    """Attach a filesystem, or change how it is attached. See mount(2). Raises CallError, Failure."""
+    if data and len(os.fsencode(data)) >= os.sysconf("SC_PAGE_SIZE"):  # the kernel would cut it off unsaid
+        raise Failure(f"{why}: mount(2) takes no more than a page of options: too many, or too long")
     call("mount", source, target, fstype, flags, data, why=why)
 
 
@@ -452,6 +461,30 @@ def read_mountinfo() -> "list[tuple[int, int, str, str, str, str, str]]":
     return rows
 
 
+
+def poll(interests: "dict[int, int]", deadline: "float | None") -> "dict[int, int]":
+    """Wait until one of the descriptors is ready, or until the deadline; return what is. See poll(2)."""
+    waiter = select.poll()
+    for fd, events in interests.items():
+        if events:  # 0 is for nothing at all; registered, poll(2) would report a hang-up again and again
+            waiter.register(fd, events)
+    if deadline is None:
+        return dict(waiter.poll())
+    milliseconds = int((deadline - time.monotonic()) * 1000) + 1
+    return dict(waiter.poll(min(max(0, milliseconds), (1 << 31) - 1)))  # poll(2) takes an int
+
+
+def open_unblocked(fd: int) -> int:
+    """Return a descriptor for the terminal `fd` by which a write does not wait for it; `fd` if it is none.
+
+    A terminal that polls writable can still block (Ctrl-S), and signals would wait with us. Opened anew,
+    because O_NONBLOCK on the caller's own would be seen by all who share it.
+    """
+    if os.isatty(fd):
+        flags = O_WRONLY | os.O_NOCTTY | O_NONBLOCK
+        return attempt(os.open, at(fd), flags) or fd
+    return fd
+
 # ---- Options, what can be asked for: LIMITS, OPTIONS, parse --------------------------------------
 
 
@@ -480,10 +513,14 @@ class Options:
         self.env: "list[tuple[str, str | None]]" = []
         self.cap_add: "list[str]" = []
         self.cap_drop: "list[str]" = []
-        self.asked: "set[str]" = set()  # the options that were given, as opposed to defaults
+        self.asked: "set[str]" = set()  # the options that came with a value, as opposed to defaults
         self.id = os.urandom(6).hex()
         self.rootless = os.geteuid() != 0
-        self.cwd = ""  # the caller's directory; "" when it has been deleted
+        self.cwd: str = attempt(os.getcwd) or ""  # the caller's directory; "" when it has been deleted
+
+    def is_bound_view(self) -> bool:
+        """Tell whether the root is the host's, bound read-only: it has no writable layer."""
+        return self.rootless and not self.rootfs
 
 
 # <linux/capability.h>: the place in the list is the number
@@ -595,7 +632,7 @@ def parse_text(text: str) -> str:
 
 
 def parse_inside(text: str) -> str:
-    """Return a path inside the container that can be mounted on or stood in."""
+    """Return an absolute path inside the container, for --workdir."""
     if not text.startswith("/"):
         raise ValueError(f"{text!r} is not an absolute path")
     return text
@@ -721,9 +758,10 @@ def swap_of(options: Options) -> "str | None":
 
 CPU_PERIOD = 100000  # microseconds: the kernel's default
 
-# Written in this order: v1 refuses a memsw limit below the memory limit; on v2 swappiness 0 comes last.
-# Adding a limit is adding a row here, and its default to Options: this table is the parser, the help,
-# what is written, what is read back, and what the tests and the README are held against.
+# In this order: v1 refuses a memsw limit below the memory limit; on v2 --memory-swappiness 0 is a second
+# value for memory.swap.max, which has to replace the first.
+# Adding a limit is adding a row here, its default to Options, and its rows to the README's two tables.
+# This table is the parser, the help, what is written and what is read back.
 LIMITS = (
     Limit("-m --memory", "SIZE", parse_memory, "memory limit: bytes, or with b, k, m, g, t",
           "memory", "memory.limit_in_bytes", "memory.max"),
@@ -878,9 +916,10 @@ def find_hierarchies() -> "dict[str, Hierarchy]":
     9 ms to read where 5000 filesystems are mounted.
     """
     found: "dict[str, Hierarchy]" = {}
-    for line in read_file("/proc/self/cgroup", "find the cgroups we are in").rstrip("\n").split("\n"):
+    # split at \n alone, as a name may have other ends of a line; empty where nothing was ever mounted
+    for line in filter(None, read_file("/proc/self/cgroup", "find the cgroups we are in").split("\n")):
         _, controllers, path = line.split(":", 2)
-        if controllers.startswith("name=") or path.startswith("/.."):
+        if controllers.startswith("name=") or path.startswith("/.."):  # no limits; outside our namespace
             continue
         top, own = "", path
         names = [controllers] if controllers else [".", "unified"]
@@ -955,7 +994,7 @@ class Cgroups:
                 if self.is_asked("cgroup_parent", *(row[0].dest for row in hierarchy.rows)):
                     raise
                 continue  # nobody asked for a limit, and there are none to be had
-            # v1 "tasks": a thread that moves itself is spared a wait for the kernel's RCU, 5 to 20 ms
+            # v1 by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
             path = f"{hierarchy.directory}/{'tasks' if hierarchy.version == 1 else 'cgroup.procs'}"
             fd = call("open", path, O_WRONLY, why="init will join the cgroup by it: it sees no path to it")
             self.joins.append((hierarchy, fd))
@@ -980,14 +1019,14 @@ class Cgroups:
         """Make our cgroup in `hierarchy` and set its limits. Raises Unavailable, Failure, CallError."""
         parent = self.find_parent(hierarchy)
         if hierarchy.version == 2:
-            source = parent if self.options.rootless else hierarchy.top  # root hands them down
+            source = parent if self.options.rootless else hierarchy.top  # for root hand_down() enables them
             available = read_file(f"{source}/cgroup.controllers", "which are there").split()
             for limit, _ in hierarchy.rows:
                 if limit.controller not in available and self.is_asked(limit.dest):
                     text = f"{limit.long}: {source} has no {limit.controller} controller (it has: "
                     raise Unavailable(f"{text}{' '.join(available) or 'none'})", "as root there may be more")
             hierarchy.rows = [row for row in hierarchy.rows if row[0].controller in available]
-            if parent == hierarchy.own and parent != hierarchy.top:
+            if parent == hierarchy.own and parent != hierarchy.top:  # the top one may hold processes
                 self.leave(parent)
         controllers = {limit.controller for limit, _ in hierarchy.rows}
         hierarchy.shared = f"{parent}/mydocker"
@@ -1051,7 +1090,7 @@ class Cgroups:
         """
         rows = [entry.rsplit(".", 2) for entry in os.listdir(shared) if entry != self.name]
         rows = [row for row in rows if len(row) == 3 and all(map(is_number, row[1:]))]
-        begin = os.getpid() % (len(rows) or 1)
+        begin = os.getpid() % (len(rows) or 1)  # elsewhere in each run, so that all get their turn
         for name, pid, started in (rows[begin:] + rows[:begin])[:16]:
             if not is_alive(pid, started):
                 path = f"{shared}/{name}.{pid}.{started}"  # which may be in use, or swept by another run
@@ -1246,13 +1285,108 @@ TMPFS_FLAGS = MS_NOSUID | MS_NODEV
 INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC  # for filesystems of which nothing is to be executed
 
 
+def layer_of(options: Options) -> str:
+    """Return where the layer is in --upperdir: for its owner alone, as it may have setuid programs."""
+    return f"{options.upperdir}/layer"
+
+
+class HostFiles:
+    """What the container takes from the host, as descriptors: opened before anything is covered."""
+
+    def __init__(self, options: Options) -> None:
+        host_network = options.network == "host"
+        rootfs = options.rootfs[::-1] or ["/"]  # overlay wants the topmost first
+        self.lowers = [open_path(path, "a lowerdir of the overlay", O_PATH_DIR) for path in rootfs]
+        self.filesystems = [] if options.rootfs or options.rootless else open_host_mounts()
+        self.devices = [(f"/dev/{name}", open_path(f"/dev/{name}", "for /dev inside")) for name in DEVICES]
+        names = filter(exists, ("/etc/resolv.conf", "/etc/hosts") if host_network else ())
+        volumes = [("--network host:", name, name, True) for name in names]  # before those of the user
+        volumes += [("--volume", *volume) for volume in options.volume]
+        self.volumes = [(open_path(source, f"{what} {source}"), target, read_only, f"{what} {target}")
+                        for what, source, target, read_only in volumes]  # fmt: skip
+        flags = O_PATH_DIR | O_NOFOLLOW
+        self.layer = open_path(layer_of(options), "--upperdir", flags) if options.upperdir else -1
+        self.sys = -1
+        if host_network and options.rootless:  # only the owner of a network namespace may mount its sysfs
+            self.sys = open_path("/sys", "the host's, as is the network")
+
+
+def enter_rootfs(options: Options) -> None:
+    """Assemble the container's root, make it "/", let go of the host's. See pivot_root(2).
+
+    What is needed of the host is opened before anything is covered; everything inside is made only
+    after the root is entered, where absolute symlinks cannot lead out.
+
+    pivot_root(".", ".") takes the directory we stand in for both arguments: it becomes the root, and the
+    old root is stacked on top of it. A path from "/" starts at the new one, underneath; only "/.." would
+    climb onto the old. It stays there because the binds come from it, and goes last: umount2(".") follows
+    "." up to what is mounted on top.
+
+    The root is one of three. The last two are the host view:
+        --rootfs             its directories, under an overlay with a writable layer
+        none, as root        each filesystem of the host under such an overlay; /run is its own
+        none, without root   the host's mounts, bound and read-only, no layer; /run and /tmp are its own
+    """
+    host = HostFiles(options)
+    layer = mount_new_root(options, host)
+    call("chdir", SCRATCH, why="stand in the new root")
+    why = 'the new root becomes "/"; the old one is mounted on top of it, until umount2'
+    call("pivot_root", ".", ".", why=why)
+    mount_proc()
+    mount_dev(options, host.devices)
+    mount_sys(options, host.sys)
+    overlays = [mount_host_filesystem(path, fd, layer, options) for path, fd in host.filesystems]
+    if not options.rootfs:
+        place = at(open_mount_point("/run"))
+        mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=755", "the host's has sockets")
+        if options.rootless:
+            place = at(open_mount_point("/tmp"))
+            mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=1777", "a writable place")
+    if layer >= 0:  # not before: overlay takes no upperdir of a filesystem that is not mounted
+        why = "uncover the host's: a volume may come from there"
+        call("umount2", f"/..{SCRATCH}", MNT_DETACH, why=why)
+    mount_volumes(options, host.volumes)
+    call("umount2", ".", MNT_DETACH, why="let go of the old root: no path leads to it any more")
+    if not os.path.samestat(os.stat("/.."), os.stat("/")):
+        raise Failure("the old root is still there")
+    if options.read_only and layer >= 0:  # last: mount points were made there; no layer: it is read-only
+        flags = MS_REMOUNT | MS_BIND | MS_RDONLY | nodev(options)
+        for place in ["/", *[at(fd) for fd in overlays if fd >= 0]]:
+            mount(None, place, None, flags, None, "--read-only: the root alone; volumes keep their own flags")
+    if not options.privileged:
+        mask_paths()
+
+
+def mount_new_root(options: Options, host: HostFiles) -> int:
+    """Mount the root-to-be on SCRATCH; return a descriptor of its writable layer's directory, -1 for none.
+
+    Two mounts on one place: the overlay covers the tmpfs, which only that descriptor still reaches.
+    """
+    if options.is_bound_view():
+        why = "the host's root with all that is mounted below: overlay would show what mounts cover"
+        mount("/", SCRATCH, None, MS_BIND | MS_REC, None, why)
+        fd = open_path(SCRATCH, "the new root")
+        mount_setattr(fd, MS_RDONLY | MS_NODEV, "all of it")
+        os.close(fd)
+        log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
+        return -1
+    why = "memory for what is written: it goes with the container"
+    mount("tmpfs", SCRATCH, "tmpfs", TMPFS_FLAGS, "mode=700", why)
+    layer = host.layer if options.upperdir else open_path(SCRATCH, "the writable layer", O_PATH_DIR)
+    why = f"the new root: {'the rootfs' if options.rootfs else 'the host'} with a writable layer"
+    mount_overlay(host.lowers, layer, "", SCRATCH, options, why)
+    return layer
+
+
 def open_in_root(path: str, why: str, create: str = "") -> int:
     """Return an O_PATH descriptor for `path`, every symlink resolved inside the container's root.
 
     `create` is "dir" or "file" to make what is missing. The kernel follows no link here: each
     component is opened with O_NOFOLLOW and a link's text is walked in its place, so neither image
     nor volume can lead a mount elsewhere; a magic link of /proc (/proc/self/root, an open
-    descriptor) is refused. Runs in init, after pivot_root. Raises CallError, Failure.
+    descriptor) is refused. openat2(2) with RESOLVE_IN_ROOT walks so in one call, from Linux 5.6, but
+    makes nothing that is missing. See path_resolution(7). Runs in init, after pivot_root. Raises
+    CallError, Failure.
     """
     stack = [open_path("/", why, O_PATH_DIR)]
     inside = f"{why}: {path} in the container"
@@ -1265,13 +1399,14 @@ def open_in_root(path: str, why: str, create: str = "") -> int:
                 os.close(stack.pop())
             if name in ("", ".", ".."):
                 continue
-            kind = "dir" if create and any(names) else create
+            kind = "dir" if create and any(names) else create  # only the last can be a file
             stack.append(open_component(name, inside, stack[-1], kind))
             status = os.fstat(stack[-1])
             if stat.S_ISLNK(status.st_mode):
                 links += 1
                 if links > 40:
                     raise Failure(f"{why}: {path}: a loop of symlinks")
+                # these four are text; every other link of /proc leads where no path was walked
                 if status.st_dev == proc and name not in ("self", "thread-self", "mounts", "net"):
                     raise Failure(f"{why}: {path} leads through a magic link of /proc: refused")
                 text = os.readlink("", dir_fd=stack[-1])
@@ -1290,18 +1425,18 @@ def open_target(path: str, create: str, options: Options, why: str) -> int:
 
     The root may not: the old root is still stacked there; the mount would land on top of it, and be
     what umount2() then detaches in place of the old root. Refused, too: /proc, for what we read
-    there must come from the kernel; and /dev, /dev/null and all in /dev/pts, by which we and run() open
-    null and the terminal (--privileged without -t allows these).
+    there must come from the kernel; /sys/fs/cgroup, which is mounted later; and /dev, /dev/null and all in
+    /dev/pts, by which we and run() open null and the terminal (--privileged without -t allows these).
     """
     fd = open_in_root(path, why, create)
     status = os.fstat(fd)
-    ours, kernels = ["/"], ["/proc"]
+    places, filesystems = ["/", "/sys/fs/cgroup"], ["/proc"]
     if options.tty or not options.privileged:
-        ours, kernels = ["/", "/dev", "/dev/null"], ["/proc", "/dev/pts"]
-    is_ours = any(os.path.samestat(status, os.stat(place)) for place in ours)
-    if is_ours or status.st_dev in [os.stat(place).st_dev for place in kernels]:
+        places, filesystems = [*places, "/dev", "/dev/null"], ["/proc", "/dev/pts"]
+    is_ours = any(os.path.samestat(status, os.stat(place)) for place in filter(exists, places))
+    if is_ours or status.st_dev in [os.stat(place).st_dev for place in filesystems]:
         os.close(fd)
-        raise Failure(f"{why}: {path} in the container is the root, /dev, /dev/null, "
+        raise Failure(f"{why}: {path} in the container is the root, /dev, /dev/null, /sys/fs/cgroup, "
                       "or in /proc or /dev/pts: refused")  # fmt: skip
     return fd
 
@@ -1335,7 +1470,10 @@ def exists(path: str) -> bool:
 
 
 def open_mount_point(path: str) -> int:
-    """Return a descriptor for /proc, /sys, /dev or /run in the new root; a symlink there is refused."""
+    """Return a descriptor for a directory such as /proc in the new root; a symlink there is refused.
+
+    close_all() closes it at the latest.
+    """
     fd = open_component(path, "where to mount", None, "dir")
     if not stat.S_ISDIR(os.fstat(fd).st_mode):
         raise Failure(f"{path} in the rootfs is not a directory (a symlink?): refused")
@@ -1344,7 +1482,8 @@ def open_mount_point(path: str) -> int:
 
 def mount_setattr(fd: int, flags: Flag, why: str) -> None:
     """Add MS_RDONLY, MS_NODEV to the mount behind `fd` and to all below it. See mount_setattr(2)."""
-    attributes = struct.pack("4Q", flags, 0, 0, 0)  # MOUNT_ATTR_* have the values of MS_* for these
+    # struct mount_attr: set, clear, propagation, userns; MOUNT_ATTR_* have the values of MS_* for these
+    attributes = struct.pack("4Q", flags, 0, 0, 0)
     try:
         why = f"{why} ({flags!r})"
         where = AT_EMPTY_PATH | AT_RECURSIVE
@@ -1433,8 +1572,9 @@ def open_host_mounts() -> "list[tuple[str, int]]":
         try:
             fd = open_path(point, "a filesystem of the host")
             if mount_id(fd) == number:  # else it is covered by another mount, which may be the host's proc
-                os.stat(at(fd))
-                found.append((point, fd))
+                mode = os.stat(at(fd)).st_mode
+                if stat.S_ISDIR(mode) or stat.S_ISREG(mode):  # a socket would be one of the host's inside
+                    found.append((point, fd))
         except OSError as error:
             if error.errno in (errno.ENOTCONN, errno.ESTALE, errno.EIO):  # its server or disk is dead
                 log.warning(f"the host's {point} cannot be shown inside: {error.strerror}")
@@ -1446,86 +1586,6 @@ def open_host_mounts() -> "list[tuple[str, int]]":
 def is_below(path: str, places: "tuple[str, ...]") -> bool:
     """Tell whether `path` is one of `places` or somewhere below one."""
     return any((path + "/").startswith(place + "/") for place in places)
-
-
-class HostFiles:
-    """What the container takes from the host, as descriptors: opened before anything is covered."""
-
-    def __init__(self, options: Options) -> None:
-        host_network = options.network == "host"
-        rootfs = options.rootfs[::-1] or ["/"]  # overlay wants the topmost first
-        self.lowers = [open_path(path, "a lowerdir of the overlay", O_PATH_DIR) for path in rootfs]
-        self.filesystems = [] if options.rootfs or options.rootless else open_host_mounts()
-        self.devices = [(f"/dev/{name}", open_path(f"/dev/{name}", "for /dev inside")) for name in DEVICES]
-        names = filter(exists, ("/etc/resolv.conf", "/etc/hosts") if host_network else ())
-        volumes = [("--network host:", name, name, True) for name in names]  # before those of the user
-        volumes += [("--volume", *volume) for volume in options.volume]
-        self.volumes = [(open_path(source, f"{what} {source}"), target, read_only, f"{what} {target}")
-                        for what, source, target, read_only in volumes]  # fmt: skip
-        flags = O_PATH_DIR | O_NOFOLLOW
-        self.layer = open_path(layer_of(options), "--upperdir", flags) if options.upperdir else -1
-        self.sys = -1
-        if host_network and options.rootless:  # only the owner of a network namespace may mount its sysfs
-            self.sys = open_path("/sys", "the host's, as is the network")
-
-
-def enter_rootfs(options: Options) -> None:
-    """Assemble the container's root, make it "/", let go of the host's. See pivot_root(2).
-
-    What is needed of the host is opened before anything is covered; everything inside is made only
-    after the root is entered, where absolute symlinks cannot lead out.
-
-    pivot_root(".", ".") takes the directory we stand in for both arguments: it becomes the root, and the
-    old root is stacked on top of it. A path from "/" starts at the new one, underneath; only "/.." would
-    climb onto the old. It stays there because the binds come from it, and goes last: umount2(".") follows
-    "." up to what is mounted on top.
-    """
-    host = HostFiles(options)
-    layer = mount_new_root(options, host)
-    call("chdir", SCRATCH, why="stand in the new root")
-    why = 'the new root becomes "/"; the old one is mounted on top of it, until umount2'
-    call("pivot_root", ".", ".", why=why)
-    mount_proc()
-    mount_dev(options, host.devices)
-    mount_sys(options, host.sys)
-    overlays = [mount_host_filesystem(path, fd, layer, options) for path, fd in host.filesystems]
-    if not options.rootfs:
-        place = at(open_mount_point("/run"))
-        mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=755", "the host's has sockets")
-        if options.rootless:
-            place = at(open_mount_point("/tmp"))
-            mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=1777", "a writable place")
-    mount_volumes(options, host.volumes)
-    call("umount2", ".", MNT_DETACH, why="let go of the old root: nothing of the host is here any more")
-    if not os.path.samestat(os.stat("/.."), os.stat("/")):
-        raise Failure("the old root is still there")
-    if options.read_only and layer >= 0:  # last: mount points were made there; without a layer it is so
-        flags = MS_REMOUNT | MS_BIND | MS_RDONLY | nodev(options)
-        for place in ["/", *[at(fd) for fd in overlays if fd >= 0]]:
-            mount(None, place, None, flags, None, "--read-only: not what is mounted on it")
-    if not options.privileged:
-        mask_paths()
-
-
-def mount_new_root(options: Options, host: HostFiles) -> int:
-    """Mount the root-to-be on SCRATCH; return a descriptor of its writable layer's directory, -1 for none.
-
-    Two mounts on one place: the overlay covers the tmpfs, which only that descriptor still reaches.
-    """
-    if options.rootless and not options.rootfs:
-        why = "the host's root with all that is mounted below: overlay would show what mounts cover"
-        mount("/", SCRATCH, None, MS_BIND | MS_REC, None, why)
-        fd = open_path(SCRATCH, "the new root")
-        mount_setattr(fd, MS_RDONLY | MS_NODEV, "all of it")
-        os.close(fd)
-        log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
-        return -1
-    why = "memory for what is written: it goes with the container"
-    mount("tmpfs", SCRATCH, "tmpfs", TMPFS_FLAGS, "mode=700", why)
-    layer = host.layer if options.upperdir else open_path(SCRATCH, "the writable layer", O_PATH_DIR)
-    why = f"the new root: {'the rootfs' if options.rootfs else 'the host'} with a writable layer"
-    mount_overlay(host.lowers, layer, "", SCRATCH, options, why)
-    return layer
 
 
 def mount_host_filesystem(path: str, lower: int, layer: int, options: Options) -> int:
@@ -1635,7 +1695,7 @@ def mask_paths() -> None:
             mount("tmpfs", path, "tmpfs", MS_RDONLY | INERT, "size=0", "hide this directory")
         else:
             mount("/dev/null", path, None, MS_BIND, None, "hide this file")
-    for path in filter(exists, READ_ONLY_PATHS):
+    for path in filter(exists, READ_ONLY_PATHS):  # in two calls: a bind ignores all other flags, see mount(2)
         mount(path, path, None, MS_BIND | MS_REC, None, "a mount of its own, with flags of its own")
         mount(None, path, None, MS_REMOUNT | MS_BIND | MS_RDONLY | INERT, None, "make it read-only")
 
@@ -1650,13 +1710,14 @@ def mount_cgroup(hierarchies: "list[Hierarchy]") -> None:
     if not any(hierarchy.controllers for hierarchy in hierarchies):
         mount("cgroup2", top, "cgroup2", flags, None, why)
         return
-    mount("tmpfs", top, "tmpfs", INERT, "mode=755,size=64k", "a place for each v1 hierarchy")
+    mount("tmpfs", top, "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
     for hierarchy in hierarchies:
-        place = f"{top}/{hierarchy.controllers}"
-        call("mkdir", place, MODE_755, why="where to mount it")
-        mount("cgroup", place, "cgroup", flags, hierarchy.controllers, why)
-        for name in hierarchy.controllers.split(",") if "," in place else ():
-            call("symlink", hierarchy.controllers, f"{top}/{name}", why="as on the host")
+        names = hierarchy.controllers or "unified"  # v2 beside v1 is there on a hybrid host
+        fstype = "cgroup" if hierarchy.controllers else "cgroup2"
+        call("mkdir", f"{top}/{names}", MODE_755, why="where to mount it")
+        mount(fstype, f"{top}/{names}", fstype, flags, hierarchy.controllers or None, why)
+        for name in names.split(",") if "," in names else ():
+            call("symlink", names, f"{top}/{name}", why="as on the host")
     mount(None, top, None, MS_REMOUNT | MS_BIND | flags, None, "it is complete")
 
 
@@ -1693,8 +1754,10 @@ REFUSED_CALLS = {
         move_pages:279:239 kexec_file_load:320:294 userfaultfd:323:282 io_uring_setup:425:425
         io_uring_enter:426:426 io_uring_register:427:427""",
 }
-# Numbers that nobody has looked at here yet answer ENOSYS: those above the newest known call (x32's
-# too, which have bit 30 set), and those of the gap that the kernel has begun to fill
+# ENOSYS, for which libc has another way, is the answer to numbers that nobody has looked at here yet:
+# those above the newest known call (x32's too, which have bit 30 set), and those of the gap up to 423,
+# which the kernel has begun to fill. From 424 on all machines share one numbering. A new call that is to
+# be let through raises LAST_CALL; what is refused among those up to it then needs its word above.
 LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
 # clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc falls back to clone
 CLONE3 = 435
@@ -1716,6 +1779,7 @@ def seccomp_filter(kept: "set[str]") -> bytes:
     """
     # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_JGE, BPF_JSET, BPF_RET
     load, equal, at_least, any_bit, verdict = 0x20, 0x15, 0x35, 0x45, 0x06
+    # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO with the error that the call is to return
     allow, refuse, unknown = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
 
     def if_so(test: int, result: int, *values: int) -> "list[tuple[int, int, int, int]]":
@@ -1724,7 +1788,7 @@ def seccomp_filter(kept: "set[str]") -> bytes:
 
     program = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURE), (verdict, 0, 0, unknown), (load, 0, 0, 0)]
     program += if_so(at_least, unknown, LAST_CALL + 1)
-    program += [(at_least, 2, 0, GAP_TO + 1), *if_so(at_least, unknown, GAP_FROM[COLUMN])]
+    program += [(at_least, 2, 0, GAP_TO + 1), *if_so(at_least, unknown, GAP_FROM[COLUMN])]  # 2: over if_so
     for capabilities, calls in REFUSED_CALLS.items():
         for row in calls.split() if kept.isdisjoint(capabilities.split()) else ():
             number = row.split(":")[1 + COLUMN]
@@ -1789,10 +1853,13 @@ def set_capabilities(kept: "set[str]") -> int:
     call("capget", header, current, why="which capabilities are there")
     words = struct.unpack("6I", current.raw)  # effective, permitted, inheritable; twice 32 bits
     wanted = sum(1 << number for number, name in enumerate(ALL_CAPABILITIES) if name in kept)
-    low, high = words[1] & wanted, words[4] & wanted >> 32
+    low, high = words[1] & wanted, words[4] & (wanted >> 32)  # permitted, as far as it is wanted
     data = struct.pack("6I", low, low, 0, high, high, 0)
     call("capset", header, data, why="keep these capabilities and no others")
     return int(low | high << 32)
+
+
+NGROUPS_MAX = 65536  # <linux/limits.h>
 
 
 def read_inside(path: str) -> "list[list[str]]":
@@ -1806,8 +1873,8 @@ def read_inside(path: str) -> "list[list[str]]":
     try:
         status = os.fstat(fd)
         # to open a FIFO would be to wait for its writer, to read /proc/kmsg for the next message
-        kernels = [os.stat(place).st_dev for place in ("/proc", "/sys")]
-        if not stat.S_ISREG(status.st_mode) or status.st_dev in kernels or status.st_size > 1 << 20:
+        filesystems = [os.stat(place).st_dev for place in ("/proc", "/sys")]
+        if not stat.S_ISREG(status.st_mode) or status.st_dev in filesystems or status.st_size > 1 << 20:
             raise Failure(f"{path} in the container is not a regular file of at most 1 MiB")
         lines = read_file(at(fd), f"look up the user in {path}").split("\n")
         return [line.split(":") for line in lines if "\0" not in line]
@@ -1819,7 +1886,7 @@ def find_user(options: Options) -> "tuple[int, int, list[int], str]":
     """Return (uid, gid, supplementary groups, home) for --user, by the container's own files."""
     user, colon, group = (options.user or "0").partition(":")
     rows = [row for row in read_inside("/etc/passwd") if len(row) > 5 and user in (row[0], row[2])]
-    name, _, uid, gid, _, home = (rows + [["", "", user, "0", "", "/"]])[0][:6]
+    name, _, uid, gid, _, home = (rows + [["", "", user, "0", "", "/"]])[0][:6]  # a number needs no row
     groups: "list[str]" = []
     if options.user:
         table = [row for row in read_inside("/etc/group") if len(row) > 3]
@@ -1827,9 +1894,11 @@ def find_user(options: Options) -> "tuple[int, int, list[int], str]":
             gid = next((row[2] for row in table if group in (row[0], row[2])), group)
         else:
             groups = [row[2] for row in table if name and name in row[3].split(",")]
+    if len(groups) > NGROUPS_MAX:
+        raise Failure(f"--user {options.user}: in more than {NGROUPS_MAX} groups of the container's /etc")
     for what, number in (("user", uid), *[("group", number) for number in (gid, *groups)]):
         if not is_number(number) or int(number) >= (1 << 32) - 1:
-            raise Failure(f"--user {options.user}: no such {what} in the container's /etc")
+            raise Failure(f"--user {options.user or 0}: no such {what} in the container's /etc")
     return int(uid), int(gid), [int(number) for number in groups], home or "/"
 
 
@@ -1844,7 +1913,7 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
     join_session_keyring()
     cut_bounding_set(kept)
     try:
-        if not options.rootless:  # denied there: a file may shut out a group, and who leaves that gets in
+        if not options.rootless:  # denied there: who gives up a group may open a file that shuts it out
             call("setgroups", groups, why="its groups, none of the caller's")
         call("setresgid", gid, gid, gid, why="its group")
         call("setresuid", uid, uid, uid, why="its user")
@@ -1861,7 +1930,7 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, why="setuid programs give nothing more")
         program = ctypes.create_string_buffer(seccomp_filter(kept))
         count = len(program.raw) // 8
-        fprog = ctypes.create_string_buffer(struct.pack("HP", count, ctypes.addressof(program)))
+        fprog = ctypes.create_string_buffer(struct.pack("HP", count, ctypes.addressof(program)))  # sock_fprog
         where = Flag(f"&fprog[{count}]", ctypes.addressof(fprog))
         why = "from here on the kernel asks this filter at every call"
         call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, where, 0, 0, why=why)
@@ -1876,8 +1945,9 @@ TERMINAL_READY = b"T"  # on the status pipe: the devpts is there
 class Pipes:
     """The two pipes between run() and init(): the command goes in, what failed comes back.
 
-    The command is argv, a NUL after each word, then EOF, which says go. The status is, with -t,
-    TERMINAL_READY; then EOF, which says that init has become the command, else what send_failure() sends.
+    The command is argv, a NUL after each word, then EOF, which says go. The status is, with -t, first
+    TERMINAL_READY; then, if init fails, what send_failure() sends; then EOF. EOF without a failure before
+    it says that init has become the command: execve closed the last writing end.
     """
 
     def __init__(self) -> None:
@@ -1915,22 +1985,22 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
         # first: whatever is done here is to end with run(), also when SIGKILL ends that at this moment
         call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, why="die with the parent, whatever kills it")
         os.close(pipes.command_write)  # or the read of the command would never see EOF
-        os.close(pipes.status_read)
-        os.umask(0o022)
+        os.close(pipes.status_read)  # or is_orphan() would take us for its reader
+        os.umask(0o022)  # the caller's would change the modes of what is made below
         call("setsid", why="a session of its own: /dev/tty is not the caller's terminal, Ctrl-C not for us")
-        flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC
+        flags, what = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC, "mounts, host name, System V IPC"
         if options.network == "none":
-            flags = flags | CLONE_NEWNET
-        call("unshare", flags, why="mounts, host name, System V IPC, network: its own from here on")
+            flags, what = flags | CLONE_NEWNET, f"{what}, network"
+        call("unshare", flags, why=f"{what}: its own from here on")
         # systemd has made "/" shared: without this every mount below would show up on the host, and stay
         mount(None, "/", None, MS_REC | MS_PRIVATE, None, "no mount made here may reach the host")
         enter_rootfs(options)
         hostname = options.hostname or options.id
         call("sethostname", hostname, len(hostname), why="in the new uts namespace")
         if options.network == "none":
-            raise_loopback()
+            bring_up_loopback()
         if options.tty:
-            call("write", pipes.status_write, TERMINAL_READY, why="run() may open our pty, then go on")
+            call("write", pipes.status_write, TERMINAL_READY, why="run() may open the pty, then send argv")
         argv = read_command(pipes.command_read)
         if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
             write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
@@ -1940,7 +2010,7 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
         attach_stdio(options, uid)
         env = environment(options, hostname, home)
         for path in find_command(argv[0], env["PATH"]):
-            refuse_own_interpreter(path)
+            refuse_own_python(path)
         close_all((pipes.status_write, pipes.own_reader, log.fd))
         drop_privileges(options, uid, gid, groups)
         if is_orphan(pipes):  # run() died before PR_SET_PDEATHSIG was set: then no signal comes
@@ -1954,9 +2024,7 @@ def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int
 
 def is_orphan(pipes: Pipes) -> bool:
     """Tell whether run() is dead: then the status pipe has no reader, which is POLLERR. See poll(2)."""
-    poll = select.poll()
-    poll.register(pipes.status_write, 0)
-    return bool(poll.poll(0))
+    return bool(poll({pipes.status_write: select.POLLERR}, 0))  # a deadline long past: look, do not wait
 
 
 def close_all(kept: "tuple[int, ...]") -> None:
@@ -1967,14 +2035,11 @@ def close_all(kept: "tuple[int, ...]") -> None:
     (CVE-2024-21626). Before the change of user, because after it /proc/self/fd may not be listed.
     """
     for fd in map(int, os.listdir("/proc/self/fd")):
-        try:
-            if fd > 2 and fd not in kept:
-                os.close(fd)
-        except OSError:
-            pass  # the one by which listdir read
+        if fd > 2 and fd not in kept:
+            attempt(os.close, fd)  # fails for the one by which listdir read
 
 
-def raise_loopback() -> None:
+def bring_up_loopback() -> None:
     """Bring up lo, all that a new network namespace has. See netdevice(7)."""
     fd = call("socket", AF_INET, SOCK_DGRAM, 0, why="any socket can speak of network devices")
     request = struct.pack("16sH14x", b"lo", 1)  # struct ifreq: IFF_UP
@@ -2102,7 +2167,7 @@ def execute(argv: "list[str]", env: "dict[str, str]") -> None:
     raise Failure(f"{command or repr(command)}: command not found", status=EXIT_NOT_FOUND)
 
 
-def refuse_own_interpreter(path: str) -> None:
+def refuse_own_python(path: str) -> None:
     """Refuse what leads to the host's Python by /proc/self/exe: a command, or what its #! names.
 
     Until execve, our /proc/self/exe is the host's Python. A command that leads there would start it with
@@ -2112,7 +2177,7 @@ def refuse_own_interpreter(path: str) -> None:
     """
     for _ in range(6):  # the command, and the 5 interpreters that the kernel follows
         try:
-            if is_own_interpreter(path):
+            if is_own_python(path):
                 text = f"{path}: leads to the program that runs mydocker: refused"
                 raise Failure(text, status=EXIT_NOT_EXECUTABLE)
             path = find_interpreter(path)
@@ -2134,7 +2199,7 @@ def find_interpreter(path: str) -> str:
     return os.fsdecode(next(filter(None, words), b"")) if head[:2] == b"#!" else ""
 
 
-def is_own_interpreter(path: str) -> bool:
+def is_own_python(path: str) -> bool:
     """Tell whether `path` is this process's program: the same file, by the same mount. Raises OSError.
 
     By another mount, as with the host's /usr in a volume, it is like any other file that is there.
@@ -2186,9 +2251,9 @@ class Pump:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            data = b""  # nobody has the other end of the pty open any more, and all is read
+            if error.errno != errno.EIO:  # EIO: nobody has the other end of the pty open, and all is read
+                log.warning(f"input: {error.strerror}")
+            data = b""
         if data:
             self.held, self.last = b"" if self.broken else data, data[-1:]
         else:  # EOF on a terminal is a key, ^D; after an unfinished line the first only sends the line
@@ -2207,24 +2272,12 @@ class Pump:
                 log.warning(f"stdout: {error.strerror}")
 
 
-def open_unblocked(fd: int) -> int:
-    """Return a descriptor for the terminal `fd` by which a write does not wait for it; `fd` if it is none.
-
-    A terminal that polls writable can still block (Ctrl-S), and signals would wait with us. Opened anew,
-    because O_NONBLOCK on the caller's own would be seen by all who share it.
-    """
-    if os.isatty(fd):
-        flags = O_WRONLY | os.O_NOCTTY | O_NONBLOCK
-        return attempt(os.open, at(fd), flags) or fd
-    return fd
-
-
 class Terminal:
     """The outside end of the container's terminal.
 
     A pty is a pair: what is written to one end, the master, the other reads as if typed. It is made in the
     container's own devpts, so that it has a name there; only its master is here. The caller's terminal
-    never goes in: whoever holds a terminal can type into it (TIOCSTI).
+    never goes in: whoever holds a terminal can type into it (TIOCSTI). See pty(7), ioctl_tty(2).
     """
 
     def __init__(self, pid: int, interactive: bool) -> None:
@@ -2272,15 +2325,15 @@ class Terminal:
         for pump in self.pumps:
             pump.advance(ready)
 
-    def hang_up(self) -> None:
-        """Let the master read its end: the container is gone, and what it wrote last is still to come."""
+    def drain(self) -> None:
+        """Read what is left in the master: the container is gone, and what it wrote last is still to come."""
         if self.pumps:
             os.close(self.peer)
             self.pumps = [self.out]
 
-    def disconnect(self) -> None:
+    def hang_up(self) -> None:
         """Close the terminal under the container, as when a window is closed: who writes gets EIO."""
-        self.hang_up()
+        self.drain()
         os.close(self.master)
         self.out.ended, self.pumps = True, []
 
@@ -2292,7 +2345,8 @@ class Terminal:
 
 # ---- Run, outside: Container, run ----------------------------------------------------------------
 
-STOPPING = "SIGTERM SIGINT SIGHUP".split()  # the first of these starts --stop-timeout
+# The first of these starts --stop-timeout: all that would end run(), by way of timers and limits, too
+STOPPING = "SIGTERM SIGINT SIGHUP SIGALRM SIGVTALRM SIGPROF SIGXCPU SIGIO SIGPWR".split()
 LAST_OUTPUT_SECONDS = 1  # for a reader to take it, when the container has been stopped
 FORWARDED = {getattr(signal, name): name for name in [*STOPPING, "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT"]}
 
@@ -2307,6 +2361,7 @@ def watch_signals() -> "tuple[set[int], int]":
     watched += [signal.SIGCHLD, signal.SIGWINCH]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller may have left it ignored: no word of the end
     caller_mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    # sigset_t: bit n-1 is signal n
     sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")
     fd = call("signalfd", -1, sigset, O_CLOEXEC, why="signals as something to poll for")
     return caller_mask, fd
@@ -2347,15 +2402,15 @@ class Container:
             if self.terminal:
                 self.terminal.advance(ready)
                 if self.terminal.out.broken and not self.stopped_by and self.wstatus is None:
-                    self.terminal.disconnect()
+                    self.terminal.hang_up()
                     self.stop(signal.SIGHUP)
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 self.deadline = None
                 if self.wstatus is None:
                     name, timeout = FORWARDED[self.stopped_by], self.options.stop_timeout
                     self.kill(f"{name} did not end it within {timeout:g} s: killed")
-                elif self.terminal:  # whoever is to read the last output does not
-                    self.terminal.out.ended = True
+                elif self.terminal:
+                    self.end_output(ready)
         return self.wstatus
 
     def send_command(self) -> None:
@@ -2390,12 +2445,12 @@ class Container:
         return True
 
     def check_program(self) -> None:
-        """Kill what came to run on the host's Python past refuse_own_interpreter(): see there.
+        """Kill what came to run on the host's Python past refuse_own_python(): see there.
 
         By a file exchanged meanwhile, or an interpreter that the host's binfmt_misc names. While run()
         lives nobody can write to that program, which is running: ETXTBSY (Linux 6.1, 6.12, 6.18).
         """
-        if attempt(is_own_interpreter, f"/proc/{self.pid}/exe"):  # None: it has ended already
+        if attempt(is_own_python, f"/proc/{self.pid}/exe"):  # None: it has ended already
             self.kill("the command became the program that runs mydocker: killed")
 
     def open_terminal(self) -> None:
@@ -2410,7 +2465,7 @@ class Container:
 
     def hold_files(self) -> None:
         """Hold the writable layer and /dev/shm open: their size is asked for when the container is gone."""
-        in_memory = not self.options.upperdir and (self.options.rootfs or not self.options.rootless)
+        in_memory = not self.options.upperdir and not self.options.is_bound_view()
         for path in ("/", "/dev/shm") if in_memory else ("/dev/shm",):
             fd = attempt(os.open, f"/proc/{self.pid}/root{path}", O_PATH_DIR | O_NOFOLLOW)
             if fd:  # else it has ended already
@@ -2444,10 +2499,21 @@ class Container:
             pid, wstatus = call("waitpid", self.pid, WNOHANG, why="has the container ended")
             if pid:
                 self.wstatus = wstatus
-                if self.stopped_by:
-                    self.deadline = time.monotonic() + LAST_OUTPUT_SECONDS
+                self.deadline = time.monotonic() + LAST_OUTPUT_SECONDS
                 if self.terminal:
-                    self.terminal.hang_up()
+                    self.terminal.drain()
+
+    def end_output(self, ready: "dict[int, int]") -> None:
+        """Give up the last output if nobody reads it after a stop, or if none comes.
+
+        Without this, whoever outside holds the container's terminal open would hold run() here.
+        """
+        assert self.terminal
+        out = self.terminal.out
+        if self.stopped_by or not out.held and not ready.get(out.source):
+            out.ended = True
+        else:  # there is a reader, though a slow one
+            self.deadline = time.monotonic() + LAST_OUTPUT_SECONDS
 
     def forward(self, number: int) -> None:
         """Pass a signal on to PID 1; init would ignore it, so it waits for the command."""
@@ -2457,7 +2523,7 @@ class Container:
             call("kill", self.pid, Flag(FORWARDED[number], number), why="pass the signal on")
 
     def stop(self, number: int) -> None:
-        """Pass on the first TERM, INT or HUP and start the timeout; kill at the next TERM or INT."""
+        """Pass on the first of STOPPING and start the timeout; kill at the next, unless it is HUP."""
         name = FORWARDED[number]
         if self.wstatus is not None:
             if self.terminal:  # its last output waits for a reader who is stuck: drop it
@@ -2488,18 +2554,6 @@ class Container:
         finally:
             if self.terminal:
                 self.terminal.restore()
-
-
-def poll(interests: "dict[int, int]", deadline: "float | None") -> "dict[int, int]":
-    """Wait until one of the descriptors is ready, or until the deadline; return what is. See poll(2)."""
-    waiter = select.poll()
-    for fd, events in interests.items():
-        if events:
-            waiter.register(fd, events)
-    if deadline is None:
-        return dict(waiter.poll())
-    milliseconds = int((deadline - time.monotonic()) * 1000) + 1
-    return dict(waiter.poll(min(max(0, milliseconds), (1 << 31) - 1)))  # poll(2) takes an int
 
 
 def enter_user_namespace() -> None:
@@ -2546,7 +2600,7 @@ def prepare(options: Options) -> None:
     for source, target, _ in options.volume:
         if not os.path.exists(source):
             raise Failure(f"--volume {source}:{target}: there is no {source}")
-    if options.upperdir and options.rootless and not options.rootfs:
+    if options.upperdir and options.is_bound_view():
         raise Failure("--upperdir: without root the view of the host is read-only", "--rootfs, or sudo")
     if options.pidfile and os.path.lexists(options.pidfile):  # one that was left by a killed run
         path = options.pidfile
@@ -2556,15 +2610,6 @@ def prepare(options: Options) -> None:
         theirs = attempt(os.stat, f"/proc/{pid or 0}/ns/pid")
         if theirs and not os.path.samestat(theirs, os.stat("/proc/self/ns/pid")):
             raise Failure(f"--pidfile {path}: in use by the container of process {pid}")
-    try:
-        options.cwd = os.getcwd()
-    except OSError:
-        pass  # deleted
-
-
-def layer_of(options: Options) -> str:
-    """Return where the layer is in --upperdir: for its owner alone, as it may have setuid programs."""
-    return f"{options.upperdir}/layer"
 
 
 def lock_upperdir(options: Options) -> None:
@@ -2673,7 +2718,7 @@ def init_by_hand(words: "list[str]") -> None:
     """
     pid_ns, mnt_ns = (os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "mnt"))
     first_mnt_ns = 0xF0000001  # up to here are the numbers of those that the kernel booted with
-    of_host = pid_ns == 0xEFFFFFFC or mnt_ns <= first_mnt_ns
+    of_host = pid_ns == 0xEFFFFFFC or mnt_ns <= first_mnt_ns  # PROC_PID_INIT_INO: the host's, on any kernel
     try:
         if os.readlink("/proc/self") != "1":  # this /proc is an ancestor's, whose PID 1 has the host's
             of_host = of_host or os.stat("/proc/1/ns/mnt").st_ino == mnt_ns
@@ -2682,10 +2727,10 @@ def init_by_hand(words: "list[str]") -> None:
     if os.getpid() != 1 or of_host:
         raise Failure("init: only for PID 1 of new pid and mount namespaces", "mydocker.py run makes them")
     fd = int(words[0]) if len(words) == 1 and is_number(words[0]) else -1
-    if fd < 0 or not stat.S_ISFIFO(os.fstat(fd).st_mode):
+    if not 0 <= fd < 1 << 31 or not stat.S_ISFIFO(os.fstat(fd).st_mode):
         raise Failure("init: its argument is the descriptor of a pipe", "mydocker.py run makes it")
     options, pipes = Options(), Pipes()
-    options.cwd, pipes.command_read = os.getcwd(), os.dup(fd)
+    pipes.command_read = os.dup(fd)
     pipes.own_reader = os.dup(pipes.status_read)
     raise init(options, Cgroups(options), pipes, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
@@ -2716,7 +2761,7 @@ def main(words: "list[str]") -> int:
             init_by_hand(rest)
         elif command == "--version":
             print(f"mydocker {VERSION}")
-        elif command in ("run", "-h", "--help"):
+        elif command in ("run", "-h", "--help"):  # run without argv: help was asked for
             print_help(command == "run")
         else:
             raise Failure(f"there is no command {command}", SEE_HELP)

@@ -725,6 +725,12 @@ def program():
     return module
 
 
+def test_a_machine_without_any_cgroups_is_no_error(program, monkeypatch):
+    """A stand-in: /proc/self/cgroup is empty where no hierarchy was ever mounted, which is nowhere here."""
+    monkeypatch.setattr(program, "read_file", lambda path, why: "")
+    assert program.find_hierarchies() == {}
+
+
 @pytest.mark.parametrize(
     "text, size",
     [
@@ -1041,6 +1047,14 @@ def test_the_same_rootfs_twice_is_told_as_what_it_is(busybox):
     assert "the same directory twice" in refusal(busybox("--rootfs", busybox.rootfs, "true"))
 
 
+def test_more_layers_than_mount_takes_are_refused(busybox):
+    """The kernel would cut their list off in silence, which once left the host's root at the bottom."""
+    layers = [busybox.path(f"layer{number}") for number in range(250)]
+    options = [word for layer in layers for word in ("--rootfs", layer)]
+    assert "too many" in refusal(busybox(*options, "true"))
+    assert busybox.out(*options[:300], "echo", "fine") == "fine\n"
+
+
 @root_only
 @pytest.mark.parametrize(
     "error, said", [("ENODEV", "modprobe overlay"), ("EINVAL", "on overlay"), ("EPERM", "Linux 5.11")]
@@ -1267,6 +1281,21 @@ def test_a_filesystem_that_cannot_be_seen_is_not_shown(mydocker, user, told):
     assert [str(directory) in line for line in result.err.splitlines()] == [True] * told
 
 
+@root_only
+def test_a_socket_that_is_a_mount_of_the_hosts_is_not_shown(mydocker):
+    """Through overlay no socket can be connected to; a bind of it would be the host's own."""
+    path, mounted = mydocker.dir / "socket", mydocker.path("mounted", "")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        subprocess.run(["mount", "--bind", str(path), str(mounted)], check=True)
+        try:
+            assert stat.S_ISSOCK(os.stat(str(mounted)).st_mode)
+            assert mydocker.out("stat", "-c", "%F", mounted) == "regular empty file\n"
+        finally:
+            subprocess.run(["umount", str(mounted)], check=True)
+
+
 @user_only
 def test_without_root_the_hosts_view_is_read_only_and_a_line_says_so(mydocker):
     result = mydocker(*SH, f": >{mydocker.dir}/new", cwd="/")
@@ -1430,6 +1459,25 @@ def test_a_volume_works_in_the_hosts_view(mydocker):
     assert (source / "file").read_text() == "x\n"
 
 
+@pytest.mark.parametrize("options", [(), ("--read-only",), ("--upperdir", "up")], ids=" ".join)
+@pytest.mark.parametrize("source", ["/tmp", "/"])
+def test_a_volume_shows_the_hosts_tmp_where_the_root_is_assembled(busybox, source, options):
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="mydocker-test-") as directory:
+        os.chmod(directory, 0o777)
+        inside = f"/volume{directory if source == '/' else directory[len('/tmp'):]}"
+        script = f"cd {inside} && touch file && ls -A"
+        assert busybox.out(*options, "-v", f"{source}:/volume", *SH, script) == "file\n"
+        assert os.listdir(directory) == ["file"]
+
+
+@root_only
+def test_a_volume_shows_the_hosts_tmp_in_the_hosts_view(mydocker):
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="mydocker-test-") as directory:
+        script = f"touch {directory}/file; umask"
+        assert mydocker.out("-v", "/tmp:/tmp", *SH, script, cwd="/") == "0022\n"
+        assert os.listdir(directory) == ["file"]
+
+
 def test_a_tmpfs_is_empty_writable_and_careful(busybox):
     out = busybox.out("--tmpfs", "/etc", *SH, "echo x >/etc/x; ls /etc; cat /proc/mounts")
     first, _, table = out.partition("\n")
@@ -1590,6 +1638,24 @@ def test_a_volume_wins_over_the_names_that_network_host_brings(busybox, name):
     file = busybox.path("file", "mine")
     volume = ("-v", f"{file}:/etc/{name}")
     assert busybox.out("--network", "host", *volume, "cat", f"/etc/{name}") == "mine"
+
+
+@pytest.mark.parametrize("network, told", [("none", True), ("host", False)])
+def test_explain_names_the_network_only_where_it_is_new(busybox, network, told):
+    (line,) = [line for line in busybox("--network", network, "--explain", "true").err.splitlines()
+               if "CLONE_NEWNS" in line]  # fmt: skip
+    assert ("CLONE_NEWNET" in line, "network" in line) == (told, told)
+
+
+@root_only
+def test_cgroups_of_both_versions_are_shown_beside_each_other(busybox):
+    """As on a host booted with cgroup_no_v1=pids: here v1's pids is not mounted, so v2 has to have it."""
+    if not os.path.isdir("/sys/fs/cgroup/unified") or version("pids") != 1:
+        pytest.skip("cgroup v2 beside v1")
+    around = ["unshare", "--mount", "sh", "-c", 'umount /sys/fs/cgroup/pids && exec "$@"', "sh"]
+    script = "cd /sys/fs/cgroup; ls; cat memory/memory.limit_in_bytes"
+    result = busybox.under(around, "-m", "64m", *SH, script)
+    assert result == Result(0, f"memory\nunified\n{64 * MIB}\n", "")
 
 
 @user_only
@@ -2260,7 +2326,7 @@ def test_the_terminal_is_as_it_was_after_the_end(busybox, words, status):
         assert window.attributes == window.before
 
 
-@pytest.mark.parametrize("number", ["TERM", "HUP", "INT"])
+@pytest.mark.parametrize("number", "TERM HUP INT ALRM VTALRM PROF XCPU IO PWR".split())
 def test_the_terminal_is_as_it_was_after_a_signal(busybox, number):
     words = ("-ti", "--stop-timeout", "0", *IDLE)
     with busybox.terminal(*words) as window:
@@ -2854,6 +2920,13 @@ def test_the_json_log_survives_any_name(busybox):
     name = 'no "such"\\\n\x01\x1b\x9b\x7fcommand ü 🐳\U000e0001'
     (line,) = busybox("--log-format", "json", name).err.split("\n")[:-1]
     assert json.loads(line)["msg"] == f"mydocker: {name}: command not found"
+    assert not {"\x1b", "\x9b", "\x7f"} & set(line)
+
+
+def test_no_name_speaks_to_the_terminal(busybox):
+    """0x9b alone is no UTF-8, but to a terminal of 8 bits it begins a command."""
+    process = busybox.popen([*busybox.words("run", *busybox.options), b"a\x9bb\x1b"])
+    assert process.communicate()[1] == b"mydocker: a\\udc9bb\\x1b: command not found\n"
 
 
 @pytest.mark.parametrize(
@@ -3768,6 +3841,21 @@ def test_no_users_are_looked_up_in_a_file_without_measure(busybox):
     assert "at most 1 MiB" in refusal(busybox("--rootfs", busybox.dir / "layer", "true"))
 
 
+def test_more_groups_than_a_process_can_have_are_refused(busybox):
+    etc = busybox.path("layer") / "etc"
+    etc.mkdir()
+    (etc / "group").write_text("".join(f"g:x:{number}:root\n" for number in range(1, 65600)))
+    said = refusal(busybox("--rootfs", etc.parent, "-u", "root", "true"))
+    assert "more than 65536 groups" in said
+
+
+def test_a_passwd_without_sense_is_told_without_an_option_too(busybox):
+    etc = busybox.path("layer") / "etc"
+    etc.mkdir()
+    (etc / "passwd").write_text("root:x:0:nonsense:::/bin/sh\n")
+    assert "--user 0: no such group" in refusal(busybox("--rootfs", etc.parent, "true"))
+
+
 def test_a_line_of_passwd_with_a_nul_is_none(busybox):
     busybox.path("layer/etc").joinpath("passwd").write_text("root:x:0:0:r:/ro\0ot:/bin/sh\n")
     assert busybox.out("--rootfs", busybox.dir / "layer", *SH, "echo $HOME") == "/\n"
@@ -3806,6 +3894,7 @@ def test_there_is_nothing_above_the_root(busybox):
     "target, text",
     [
         *(("/link", text) for text in "/ /proc /proc/self /dev dev/pts /dev/null /dev/pts/ptmx".split()),
+        ("/link", "/sys/fs/cgroup"),
         ("/x/../link", "/"),
         ("/x/../link", "/proc"),
         ("/x/..", "/"),
@@ -4619,6 +4708,30 @@ def test_input_that_nobody_reads_keeps_no_signal_from_the_command(busybox, inter
             container.send(signal.SIGTERM)
             result = container.end()
     assert result.status == 7 and "over" in result.out
+
+
+def test_input_that_breaks_off_is_input_that_ends(busybox):
+    here, there = socket.socketpair()
+    with here:
+        here.sendall(b"unread")
+        there.sendall(b"line\n")
+        there.close()  # with something unread: the other side gets ECONNRESET
+        words = ("-ti", *SH, "read line; echo over; exit 3")
+        result = busybox(*words, stdin=here)
+    assert result.status == 3 and "over" in result.out
+    assert result.err.splitlines()[-1] == "mydocker: input: Connection reset by peer"
+
+
+@root_only
+def test_a_terminal_that_is_held_outside_does_not_hold_the_run(busybox):
+    with busybox.start("-t", *SH, "echo ready; sleep 0.2; echo last; exit 4") as container:
+        container.line()
+        fd = os.open(f"/proc/{container.pid1}/root/dev/pts/0", os.O_RDWR | os.O_NOCTTY)
+        try:
+            result = container.end()
+        finally:
+            os.close(fd)
+        assert result.status == 4 and "last" in result.out
 
 
 def test_a_command_may_close_its_terminal_and_open_it_again(busybox):
