@@ -1328,6 +1328,7 @@ def enter_rootfs(options: Options) -> None:
         none, without root   the host's mounts, bound and read-only, no layer; /run and /tmp are its own
     """
     host = HostFiles(options)
+    scratch = os.path.realpath(SCRATCH)  # later on an absolute symlink would lead into the new root
     layer = mount_new_root(options, host)
     call("chdir", SCRATCH, why="stand in the new root")
     why = 'the new root becomes "/"; the old one is mounted on top of it, until umount2'
@@ -1344,7 +1345,7 @@ def enter_rootfs(options: Options) -> None:
             mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=1777", "a writable place")
     if layer >= 0:  # not before: overlay takes no upperdir of a filesystem that is not mounted
         why = "uncover the host's: a volume may come from there"
-        call("umount2", f"/..{SCRATCH}", MNT_DETACH, why=why)
+        call("umount2", f"/..{scratch}", MNT_DETACH, why=why)
     mount_volumes(options, host.volumes)
     call("umount2", ".", MNT_DETACH, why="let go of the old root: no path leads to it any more")
     if not os.path.samestat(os.stat("/.."), os.stat("/")):

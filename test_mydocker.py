@@ -1478,6 +1478,19 @@ def test_a_volume_shows_the_hosts_tmp_in_the_hosts_view(mydocker):
         assert os.listdir(directory) == ["file"]
 
 
+@root_only
+def test_a_host_whose_tmp_is_a_symlink_will_do(busybox):
+    """The root is assembled over it, and it has to be found again when "/" is another."""
+    script = """mount -t tmpfs none "$0" && cd "$0" && mkdir upper work root &&
+        mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work none root && cd root &&
+        rm -rf tmp && ln -s /var/tmp tmp && mount -t proc none proc &&
+        mount --rbind /sys sys && mount --rbind /dev dev && exec chroot . "$@" """
+    if len({os.stat(str(path)).st_dev for path in ("/", PROGRAM, busybox.rootfs, busybox.python)}) > 1:
+        pytest.skip("all on one filesystem")
+    around = ["unshare", "--mount", "sh", "-c", script, busybox.path("host")]
+    assert busybox.under(around, "-v", "/tmp:/volume", "echo", "fine") == Result(0, "fine\n", "")
+
+
 def test_a_tmpfs_is_empty_writable_and_careful(busybox):
     out = busybox.out("--tmpfs", "/etc", *SH, "echo x >/etc/x; ls /etc; cat /proc/mounts")
     first, _, table = out.partition("\n")
