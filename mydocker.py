@@ -2253,7 +2253,9 @@ class Pump:
             return
         except OSError as error:
             if error.errno != errno.EIO:  # EIO: nobody has the other end of the pty open, and all is read
-                log.warning(f"input: {error.strerror}")
+                if not self.at_end:
+                    raise  # or the container's output would lack something, and nobody know
+                log.warning(f"stdin: {error.strerror}")
             data = b""
         if data:
             self.held, self.last = b"" if self.broken else data, data[-1:]

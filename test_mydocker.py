@@ -4732,7 +4732,7 @@ def test_input_that_breaks_off_is_input_that_ends(busybox):
         words = ("-ti", *SH, "read line; echo over; exit 3")
         result = busybox(*words, stdin=here)
     assert result.status == 3 and "over" in result.out
-    assert result.err.splitlines()[-1] == "mydocker: input: Connection reset by peer"
+    assert result.err.splitlines()[-1] == "mydocker: stdin: Connection reset by peer"
 
 
 @root_only
