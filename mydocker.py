@@ -241,7 +241,7 @@ def json_string(text: str) -> str:
 
 
 def is_control(c: str) -> bool:
-    """Tell whether a character may command a terminal; "\udc80" is the byte 0x80 where it is no UTF-8."""
+    """Tell whether a character may command a terminal; U+DC80 is the byte 0x80 where it is no UTF-8."""
     return c < " " or "\x7f" <= c < "\xa0" or "\udc80" <= c < "\udca0"
 
 
