@@ -461,7 +461,6 @@ def read_mountinfo() -> "list[tuple[int, int, str, str, str, str, str]]":
     return rows
 
 
-
 def poll(interests: "dict[int, int]", deadline: "float | None") -> "dict[int, int]":
     """Wait until one of the descriptors is ready, or until the deadline; return what is. See poll(2)."""
     waiter = select.poll()
@@ -484,6 +483,7 @@ def open_unblocked(fd: int) -> int:
         flags = O_WRONLY | os.O_NOCTTY | O_NONBLOCK
         return attempt(os.open, at(fd), flags) or fd
     return fd
+
 
 # ---- Options, what can be asked for: LIMITS, OPTIONS, parse --------------------------------------
 
@@ -2413,7 +2413,7 @@ class Container:
                     name, timeout = FORWARDED[self.stopped_by], self.options.stop_timeout
                     self.kill(f"{name} did not end it within {timeout:g} s: killed")
                 elif self.terminal:
-                    self.end_output(ready)
+                    self.end_output(self.terminal.out, ready)
         return self.wstatus
 
     def send_command(self) -> None:
@@ -2506,13 +2506,11 @@ class Container:
                 if self.terminal:
                     self.terminal.drain()
 
-    def end_output(self, ready: "dict[int, int]") -> None:
+    def end_output(self, out: Pump, ready: "dict[int, int]") -> None:
         """Give up the last output if nobody reads it after a stop, or if none comes.
 
         Without this, whoever outside holds the container's terminal open would hold run() here.
         """
-        assert self.terminal
-        out = self.terminal.out
         if self.stopped_by or not out.held and not ready.get(out.source):
             out.ended = True
         else:  # there is a reader, though a slow one

@@ -3041,6 +3041,13 @@ def test_a_proc_of_another_pid_namespace_is_refused(busybox):
 
 
 @root_only
+def test_init_refuses_a_number_that_no_descriptor_can_have(account):
+    around = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"]
+    result = ended(account.popen([*around, *account.words("init", "9" * 11)]))
+    assert "descriptor of a pipe" in refusal(result)
+
+
+@root_only
 @pytest.mark.parametrize(
     "data, status, out",
     [(b"sh\0-c\0echo $$; exit 5\0", 5, "1\n"), (b"no-such-command\0", 127, ""), (b"", 125, "")],
@@ -4737,10 +4744,12 @@ def test_input_that_breaks_off_is_input_that_ends(busybox):
 
 @root_only
 def test_a_terminal_that_is_held_outside_does_not_hold_the_run(busybox):
-    with busybox.start("-t", *SH, "echo ready; sleep 0.2; echo last; exit 4") as container:
+    words = ("-ti", *SH, "echo ready; read line; echo last; exit 4")
+    with busybox.start(*words, stdin=subprocess.PIPE) as container:
         container.line()
         fd = os.open(f"/proc/{container.pid1}/root/dev/pts/0", os.O_RDWR | os.O_NOCTTY)
         try:
+            container.process.stdin.write(b"go\n")
             result = container.end()
         finally:
             os.close(fd)
