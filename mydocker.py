@@ -4,46 +4,47 @@
 
     sudo python3 mydocker.py run -ti -m 100m /bin/sh
 
-A container is an ordinary process to which the kernel shows a world of its own: namespaces decide
-what it sees, a root filesystem what it has, cgroups what it may use, capabilities and seccomp what it
-may ask for. Two functions build one, joined by two pipes:
+A container is an ordinary process to which the kernel shows a world of its own: namespaces decide what
+it sees, a root filesystem what it has, cgroups what it may use, capabilities and seccomp what it may
+ask for. Two functions build one, joined by two pipes:
 
     run()  outside                              init()  inside: PID 1, and then the command
     --------------------------------------      ----------------------------------------------
     parse(), prepare(): refuse what cannot work
-    Cgroups.create(): limits, read back
+    make_cgroups(): limits, read back
     (without root: a user namespace)
     unshare(CLONE_NEWPID), fork --------------> die with the parent
-    supervise(): signals, terminal              unshare: mount, uts, ipc, net namespaces
-    |                                           every mount private
-    |                                           enter_rootfs(): overlay, pivot_root, /proc ...
-    | <------ with -t: "the terminal is there"
+    supervise(): signals, terminal              unshare: mount, uts, ipc, net; every mount private
+    |                                           Rootfs.enter(): clones, overlay, pivot_root, /dev
+    | <------ "the terminal is there" --------- with -t
     send the command, close the pipe ---------> read the command until EOF
+    |                                           Rootfs.furnish(): volumes
     |                                           join_cgroups(); unshare: cgroup namespace
     |                                           drop_privileges(): user, capabilities, seccomp
-    | <------------ EOF of the status pipe ---- execve: the command is PID 1
-    wait, report, Cgroups.remove()
+    | <------------ EOF of the other pipe ----- execve: the command is PID 1
+    look at it, let it go, wait, report, remove the cgroups
 
-Read from the top, where a section builds on those above it (only Log uses two helpers from below it),
-or start with run() and init(), which are tables of contents; the sections for the root filesystem and
-for init tell the story first, its steps after it. Every call that changes something outside this process
-goes through call(), which is what `run --explain` prints. It leaves out most of what changes only this
-process (close, umask) or only looks (stat), and the bytes of the terminal.
+The story comes first: run() and init() are tables of contents, and what they call follows in the same
+order. Every call that changes something outside this process goes through call(), which is what
+`run --explain` prints; flags are given by their names in C, as in section 2 of the manual.
 
 Capabilities, system calls and masked paths are as in Docker; there is no AppArmor or SELinux profile.
-The kernel is shared: whoever exploits a bug in it is out.
+The kernel is shared: whoever exploits a bug in it is out. It has to be Linux 5.12 or newer.
 See namespaces(7), pivot_root(2), cgroups(7), capabilities(7), seccomp(2), pty(7); in the kernel's own
 documentation, admin-guide/cgroup-v2.rst and filesystems/overlayfs.rst.
 """
 
 import sys
 
-if sys.platform != "linux" or sys.version_info < (3, 8) or sys.maxsize < 2**32:
-    sys.stderr.write("mydocker: this needs a 64-bit Linux and Python 3.8 or newer\n")
+if sys.platform != "linux" or sys.version_info < (3, 9) or sys.maxsize < 2**32:
+    sys.stderr.write("mydocker: this needs a 64-bit Linux and Python 3.9 or newer\n")
     sys.exit(125)
+# The directory of the script, or with -m the current one, may be anybody's: no module is taken from there
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]
 
 try:  # every run pays for each import: hence _signal, which is signal without enum (3 ms), no argparse (8)
-    import _signal as signal  # type: ignore[import-not-found]
+    import _signal as signal
     import ctypes
     import errno
     import fcntl
@@ -61,188 +62,191 @@ except ImportError as missing:
 VERSION = "1.0"
 EXIT_MYDOCKER, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 125, 126, 127, 128  # as docker run's
 
-# ---- Constants of the kernel: Flag, CLONE_*, MS_*, O_*, PR_* -------------------------------------
+# ---- The story: run, init, main ------------------------------------------------------------------
 
 
-class Flag(int):
-    """A number that prints as its name in C; MS_REC | MS_PRIVATE prints as MS_REC|MS_PRIVATE."""
+def run(options: "Options", argv: "list[str]") -> int:
+    """Run `argv` in a new container; return the exit status that docker run would have. Raises Failure, OSError."""
+    prepare(options)
+    caller_mask, signal_fd = watch_signals()
+    undo: "list" = []  # steps of the teardown; the last first, on every way out
+    try:
+        if options.upperdir:
+            lock_upperdir(options)
+        cgroups = make_cgroups(options, undo)
+        stdio, pumps = relay_terminals(options)
+        if options.rootless:
+            enter_user_namespace()
+        call("unshare", "CLONE_NEWPID", why="the next child is PID 1 of a new pid namespace")
+        command_read, command_write = call("pipe2", "O_CLOEXEC", why="carries the command to init; its EOF says go")
+        ready_read, ready_write = call("pipe2", "O_CLOEXEC", why="init says how far it is; execve closes it")
+        # nothing is buffered here that the child would write again: all our output is by os.write
+        pid = call("fork", why="the child goes on with the code that is here: no second interpreter")
+        if pid == 0:
+            status = EXIT_MYDOCKER
+            try:
+                os.close(command_write)  # or the read of the command would never see EOF
+                os.close(ready_read)  # or init would take itself for the reader, when run() is gone
+                init(options, cgroups, command_read, ready_write, stdio, caller_mask)
+            except BaseException as error:  # whatever it is: no container
+                status = log.failure(error)
+            finally:
+                os._exit(status)  # a child that went on here would clean up for the parent
+        container = Container(options, argv, pid, signal_fd, command_write, ready_read, pumps)
+        undo.append(container.end)
+        for fd in (command_read, ready_write, *stdio.values()):  # or we would never see the EOF of init's copies
+            os.close(fd)
+        container.seize()
+        if options.pidfile:
+            write_pidfile(options.pidfile, pid, undo)
+        for cgroup in cgroups:
+            cgroup.hurry_join()
+        wstatus = container.supervise()
+    finally:
+        for step in reversed(undo):
+            tolerate(step)
+    return EXIT_SIGNAL + os.WTERMSIG(wstatus) if os.WIFSIGNALED(wstatus) else os.WEXITSTATUS(wstatus)
 
-    name: str
 
-    def __new__(cls, name: str, value: int) -> "Flag":
-        flag = super().__new__(cls, value)
-        flag.name = name
-        return flag
+def init(
+    options: "Options", cgroups: "list[Cgroup]", command_read: int, ready_write: int,
+    stdio: "dict[int, int]", caller_mask: "set[int]",
+) -> None:  # fmt: skip
+    """Turn this process, just forked into a new pid namespace, into the container. Returns only by raising."""
+    log.side = "init"
+    # first: whatever is done here is to end with run(), also when SIGKILL ends that at this moment
+    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="die with the parent, whatever kills it")
+    os.umask(0)  # what is made below says its mode itself
+    call("setsid", why="a session of its own: /dev/tty is not the caller's terminal, Ctrl-C not for us")
+    flags, what = "CLONE_NEWNS|CLONE_NEWUTS|CLONE_NEWIPC", "mounts, host name, System V IPC"
+    if options.network == "none":
+        flags, what = flags + "|CLONE_NEWNET", what + ", network"
+    call("unshare", flags, why=f"{what}: its own from here on")
+    # systemd has made "/" shared: without this every mount below would show up on the host, and stay
+    call("mount", None, "/", None, "MS_REC|MS_PRIVATE", None, why="no mount made here may reach the host")
+    rootfs = Rootfs(options, cgroups)
+    rootfs.enter()
+    call("sethostname", options.hostname, len(options.hostname), why="in the new uts namespace")
+    if options.network == "none":
+        set_up_network(options)
+    rootfs.mask()
+    if options.tty:
+        call("write", ready_write, b"T", why="run() may open the pty, then send argv")
+    argv = [os.fsdecode(word) for word in read_all(command_read, "the command, as run() sends it").split(b"\0")[:-1]]
+    if not argv:  # EOF at once: run() has died
+        os._exit(EXIT_MYDOCKER)
+    attach_stdio(options, stdio)  # before the volumes: null device and terminal are ours, whatever they cover
+    rootfs.furnish()
+    uid, gid, groups, home = find_user(options)
+    give_stdio(options, uid, ready_write)
+    enter_workdir(options)
+    rootfs.freeze()
+    env = environment(options, home)
+    paths = find_command(argv[0], env["PATH"])
+    refuse_own_python(paths)
+    if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
+        write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
+    join_cgroups(options, cgroups, rootfs.cgroup_places)
+    close_all_but(ready_write, log.fd)
+    drop_privileges(options, uid, gid, groups)
+    if poll({ready_write: select.POLLERR}, 0):  # no reader: run() died before PR_SET_PDEATHSIG was set again
+        os._exit(EXIT_MYDOCKER)
+    os.umask(0o022)
+    restore_signals(caller_mask)
+    execute(options, argv, paths, env)
 
-    def __or__(self, other: int) -> "Flag":
-        words = [name for flag in (self, other) for name in repr(flag).split("|")]
-        names = "|".join(name for name in dict.fromkeys(words) if name != "0")  # by name: O_RDONLY is 0, too
-        return Flag(names or "0", int(self) | int(other))
 
-    def __repr__(self) -> str:
-        return self.name
+def main(words: "list[str]") -> int:
+    """Be the program; return its exit status."""
+    try:
+        fd = 0
+        while fd < 3:  # the next file that we open would get the number of a closed one
+            fd = os.open("/dev/null", os.O_RDWR)
+            os.set_inheritable(fd, fd < 3)
+        os.close(fd)
+        command, rest = words[0] if words else "", words[1:]
+        if COLUMN < 0:
+            raise Failure(f"the system calls of {os.uname().machine} are not known here")
+        if command == "run":
+            options = Options()
+            try:
+                argv = parse(rest, options)
+            finally:  # for the line about what could not be parsed, too
+                log.set_up(options)
+            if argv:
+                return run(options, argv)
+        if command in ("run", "-h", "--help"):  # run without argv: help was asked for
+            print_help(command == "run")
+        elif command == "--version":
+            print(f"mydocker {VERSION}")
+        elif command == "init":
+            raise Failure("init: it is no command of its own, it is what run() forks", SEE_HELP)
+        else:
+            raise Failure(f"there is no command {command!r}" if command else f"usage: {USAGE}", SEE_HELP)
+        if sys.stdout:  # None when the caller closed it
+            sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return EXIT_SIGNAL + int(signal.SIGINT)
+    except Exception as error:
+        return log.failure(error)
 
 
-NO_FLAGS = Flag("0", 0)
-
-
-def union(flags: "set[Flag]") -> Flag:
-    """Return the flags as one."""
-    result = NO_FLAGS
-    for flag in sorted(flags):
-        result = result | flag
-    return result
-
-
-# <linux/sched.h>
-CLONE_NEWNS = Flag("CLONE_NEWNS", 0x00020000)
-CLONE_NEWCGROUP = Flag("CLONE_NEWCGROUP", 0x02000000)
-CLONE_NEWUTS = Flag("CLONE_NEWUTS", 0x04000000)
-CLONE_NEWIPC = Flag("CLONE_NEWIPC", 0x08000000)
-CLONE_NEWUSER = Flag("CLONE_NEWUSER", 0x10000000)
-CLONE_NEWPID = Flag("CLONE_NEWPID", 0x20000000)
-CLONE_NEWNET = Flag("CLONE_NEWNET", 0x40000000)
-
-# <linux/mount.h>, <sys/mount.h>, <linux/fcntl.h>
-MS_RDONLY = Flag("MS_RDONLY", 0x1)
-MS_NOSUID = Flag("MS_NOSUID", 0x2)
-MS_NODEV = Flag("MS_NODEV", 0x4)
-MS_NOEXEC = Flag("MS_NOEXEC", 0x8)
-MS_REMOUNT = Flag("MS_REMOUNT", 0x20)
-MS_NOATIME = Flag("MS_NOATIME", 0x400)
-MS_NODIRATIME = Flag("MS_NODIRATIME", 0x800)
-MS_BIND = Flag("MS_BIND", 0x1000)
-MS_REC = Flag("MS_REC", 0x4000)
-MS_PRIVATE = Flag("MS_PRIVATE", 0x40000)
-MS_RELATIME = Flag("MS_RELATIME", 0x200000)
-MS_STRICTATIME = Flag("MS_STRICTATIME", 0x1000000)
-MNT_DETACH = Flag("MNT_DETACH", 0x2)
-AT_EMPTY_PATH = Flag("AT_EMPTY_PATH", 0x1000)
-AT_RECURSIVE = Flag("AT_RECURSIVE", 0x8000)
-
-# <fcntl.h>: all of ours are close-on-exec; O_PATH names a place without opening what is there
-O_CLOEXEC = Flag("O_CLOEXEC", os.O_CLOEXEC)
-O_NOFOLLOW = Flag("O_NOFOLLOW", os.O_NOFOLLOW)
-O_RDONLY = Flag("O_RDONLY", os.O_RDONLY) | O_CLOEXEC
-O_WRONLY = Flag("O_WRONLY", os.O_WRONLY) | O_CLOEXEC
-# O_CREATE, O_REPLACE, O_PATH_DIR and O_PTY are our names for several of them together
-O_CREATE = Flag("O_WRONLY|O_CREAT|O_EXCL", os.O_WRONLY | os.O_CREAT | os.O_EXCL) | O_CLOEXEC
-O_REPLACE = Flag("O_WRONLY|O_CREAT|O_TRUNC", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) | O_CLOEXEC
-O_PATH = Flag("O_PATH", os.O_PATH) | O_CLOEXEC
-O_PATH_DIR = O_PATH | Flag("O_DIRECTORY", os.O_DIRECTORY)
-O_NONBLOCK = Flag("O_NONBLOCK", os.O_NONBLOCK)
-O_PTY = Flag("O_RDWR|O_NOCTTY", os.O_RDWR | os.O_NOCTTY) | O_CLOEXEC
-LOCK_EX_NB = Flag("LOCK_EX|LOCK_NB", fcntl.LOCK_EX | fcntl.LOCK_NB)
-MODE_755, MODE_700, MODE_644 = Flag("0755", 0o755), Flag("0700", 0o700), Flag("0644", 0o644)
-
-# <linux/prctl.h>, <linux/keyctl.h>, <sys/wait.h>, <sys/socket.h>, <linux/sockios.h>, <asm/ioctls.h>
-WNOHANG = Flag("WNOHANG", os.WNOHANG)
-PR_SET_PDEATHSIG = Flag("PR_SET_PDEATHSIG", 1)
-PR_SET_SECCOMP = Flag("PR_SET_SECCOMP", 22)
-PR_CAPBSET_DROP = Flag("PR_CAPBSET_DROP", 24)
-PR_SET_NO_NEW_PRIVS = Flag("PR_SET_NO_NEW_PRIVS", 38)
-SECCOMP_MODE_FILTER = Flag("SECCOMP_MODE_FILTER", 2)
-KEYCTL_JOIN_SESSION_KEYRING = Flag("KEYCTL_JOIN_SESSION_KEYRING", 1)
-SIGKILL = Flag("SIGKILL", 9)
-AF_INET = Flag("AF_INET", 2)
-SOCK_DGRAM = Flag("SOCK_DGRAM|SOCK_CLOEXEC", 2 | 0o2000000)
-SIOCSIFFLAGS = Flag("SIOCSIFFLAGS", 0x8914)
-TCSANOW = Flag("TCSANOW", termios.TCSANOW)
-TIOCSCTTY = Flag("TIOCSCTTY", 0x540E)
-TIOCGWINSZ = Flag("TIOCGWINSZ", 0x5413)
-TIOCSWINSZ = Flag("TIOCSWINSZ", 0x5414)
-TIOCSPTLCK = Flag("TIOCSPTLCK", 0x40045431)
-TIOCGPTPEER = Flag("TIOCGPTPEER", 0x5441)
-
-# ---- What mydocker says: Failure, CallError, Log -------------------------------------------------
+# ---- What mydocker says: Failure, Log ------------------------------------------------------------
 
 
 class Failure(Exception):
     """The end of a run: a line for the user, at most one more with the remedy, the exit status."""
 
-    hint = ""
-
-    def __init__(self, message: str, hint: str = "", status: int = EXIT_MYDOCKER, line: int = 0) -> None:
+    def __init__(self, message: str, hint: str = "", status: int = EXIT_MYDOCKER) -> None:
         super().__init__(message)
-        self.message, self.hint, self.status = message, hint or self.hint, status
-        self.line = line  # of this file, where that is not where it was raised
-
-
-class CallError(OSError):
-    """A system call that failed. As text: what it was for, the call itself, the reason."""
-
-    def __init__(self, number: int, shown: str, why: str) -> None:
-        super().__init__(number, os.strerror(number))
-        self.shown, self.why = shown, why
-
-    def __str__(self) -> str:
-        return f"{self.why}: {self.shown}: {self.strerror}"
-
-
-# Functions that speak for their caller: "source" in the JSON log is the caller's line, not theirs
-TELLERS = "step warning failure call mount open_path read_file read_to_end write_file".split()
+        self.hint, self.status = hint, status
 
 
 class Log:
     """All that mydocker says, on stderr: stdout is the command's. The options say how."""
 
-    fd = 2
-    json = explain = False
+    fd, explain, to_json = 2, False, None
     side = "run"  # or "init": which of the two processes speaks
+    end = b"\n"  # b"\r\n" while the caller's terminal is raw
 
     def set_up(self, options: "Options") -> None:
-        """Take --log-format and --explain from the options."""
-        self.json, self.explain = options.log_format == "json", options.explain
-        if options.explain:  # a copy: with -t init's descriptor 2 becomes the container's terminal
-            self.fd = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)
-        else:
-            self.fd = open_unblocked(2)
+        """Take --log-format and --explain from the options; leave descriptor 2 to the command."""
+        self.explain, self.fd = options.explain, open_unblocked(2, os.O_WRONLY)
+        if options.log_format == "json":
+            import json  # 7 ms, for those who want it
 
-    def line(self, level: str, message: str, line_number: int = 0) -> None:
-        """Write one line; in JSON with the number of the line of this file that is responsible."""
-        # a name that an image or a caller chose must not add a line, nor speak to the terminal
-        text = "".join(repr(c)[1:-1] if is_control(c) else c for c in message)
-        if self.json:
-            frame = sys._getframe(1)
-            while frame.f_back and frame.f_code.co_name in TELLERS:
-                frame = frame.f_back
-            source = f"mydocker.py:{line_number or frame.f_lineno}"
+            self.to_json = json.dumps
+
+    def line(self, level: str, text: str) -> None:
+        """Write one line."""
+        text = os.fsencode(text).decode("utf-8", "backslashreplace")
+        if self.to_json:
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            pairs = {"level": level, "msg": message, "source": source, "time": now}
-            text = ",".join(f'"{key}":{json_string(value)}' for key, value in pairs.items())
-            text = "{" + text + "}"
-        try:  # in one write, lest lines of two processes mix; only --explain waits for a stopped terminal
-            poll({self.fd: select.POLLOUT}, time.monotonic() + 1)
-            os.write(self.fd, (text + "\n").encode(errors="surrogateescape"))
+            text = self.to_json({"level": level, "msg": text, "source": f"mydocker.py:{self.side}", "time": now})
+        # a name that an image or a caller chose must not add a line, nor speak to the terminal
+        data = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).encode() + self.end
+        try:  # a stderr that is stopped or gone must not change the end; but --explain loses no step
+            while data and poll({self.fd: select.POLLOUT}, None if self.explain else time.monotonic() + 1):
+                data = data[os.write(self.fd, data) :]
         except OSError:
-            pass  # a stderr that is gone must not change the exit status
-
-    def step(self, shown: str, result: str, why: str) -> None:
-        """Tell of one system call, if --explain asks for it."""
-        if self.explain:
-            self.line("info", f"[{os.getpid():>7} {self.side:4}] {shown} = {result}   # {why}")
+            pass
 
     def warning(self, message: str) -> None:
         """Say what the user should know of a run that goes on."""
         self.line("warning", f"mydocker: {message}")
 
-    def failure(self, failure: Failure) -> None:
-        """Say why a run has ended, and the remedy if there is one."""
-        self.line("error", f"mydocker: {failure.message}", failure.line)
-        if failure.hint:
-            self.line("error", f"  hint: {failure.hint}", failure.line)
-
-
-def json_string(text: str) -> str:
-    """Return `text` as JSON has it, without 7 ms of import json."""
-    escaped = (f"\\u{ord(c):04x}" if is_control(c) or c in '"\\' or "\ud800" <= c < "\ue000" else c
-               for c in text)  # fmt: skip
-    return '"' + "".join(escaped) + '"'
-
-
-def is_control(c: str) -> bool:
-    """Tell whether a character may command a terminal; U+DC80 is the byte 0x80 where it is no UTF-8."""
-    return c < " " or "\x7f" <= c < "\xa0" or "\udc80" <= c < "\udca0"
+    def failure(self, error: BaseException) -> int:
+        """Say why a run has ended, and the remedy if there is one; return the exit status."""
+        message, hint = str(error), getattr(error, "hint", "")
+        if isinstance(error, OSError):
+            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        elif not isinstance(error, Failure):
+            message = f"internal error: {type(error).__name__}: {error}"  # a mistake in this file
+        self.line("error", f"mydocker: {message}")
+        if hint:
+            self.line("error", f"  hint: {hint}")
+        return getattr(error, "status", EXIT_MYDOCKER)
 
 
 log = Log()
@@ -256,124 +260,126 @@ MACHINES = {  # uname -m: which column of numbers below, AUDIT_ARCH_* of <linux/
     "loongarch64": (1, 0xC0000102),
 }
 COLUMN, ARCHITECTURE = MACHINES.get(os.uname().machine, (-1, 0))
-_NUMBERS = {"keyctl": (250, 219), "mount_setattr": (442, 442)}  # made by syscall(2): not every libc has them
-# Arguments as in section 2 of the manual: s a string or struct, i int, l long, L unsigned long; for those of
-# _NUMBERS the number, l, comes first.
-# A call that is not here is made by Python's function of that name, in os or as _MODULES says.
-_PROTOTYPES = {
-    "capget": "ss",
-    "capset": "ss",
-    "keyctl": "lis",
-    "mount": "sssLs",
-    "mount_setattr": "lisLsL",
-    "pivot_root": "ss",
-    "prctl": "iLLLL",
-    "sethostname": "sL",
-    "signalfd": "isi",
-    "socket": "iii",
-    "umount2": "si",
-    "unshare": "i",
-}
-_MODULES = {"ioctl": fcntl, "flock": fcntl, "tcgetattr": termios, "tcsetattr": termios}
-_TYPES = {"s": "c_char_p", "i": "c_int", "l": "c_long", "L": "c_ulong"}
+
+# What C calls by these names: what Python's modules have of it, the rest from the kernel's headers
+NAMES = {**vars(os), **vars(fcntl), **vars(termios), **vars(signal)}
+for row in """
+0=0 CLONE_NEWNS=0x20000 CLONE_NEWCGROUP=0x2000000 CLONE_NEWUTS=0x4000000 CLONE_NEWIPC=0x8000000
+CLONE_NEWUSER=0x10000000 CLONE_NEWPID=0x20000000 CLONE_NEWNET=0x40000000
+MS_RDONLY=0x1 MS_NOSUID=0x2 MS_NODEV=0x4 MS_NOEXEC=0x8 MS_REMOUNT=0x20 MS_BIND=0x1000 MS_REC=0x4000
+MS_PRIVATE=0x40000 MS_STRICTATIME=0x1000000 MNT_DETACH=0x2 OPEN_TREE_CLONE=0x1 OPEN_TREE_CLOEXEC=0o2000000
+MOUNT_ATTR_RDONLY=0x1 MOUNT_ATTR_NOSUID=0x2 MOUNT_ATTR_NODEV=0x4 MOUNT_ATTR_NOEXEC=0x8
+MOVE_MOUNT_F_EMPTY_PATH=0x4 MOVE_MOUNT_T_EMPTY_PATH=0x40
+AT_FDCWD=-100 AT_EMPTY_PATH=0x1000 AT_RECURSIVE=0x8000
+RESOLVE_NO_MAGICLINKS=0x2 RESOLVE_NO_SYMLINKS=0x4 RESOLVE_IN_ROOT=0x10
+PR_SET_PDEATHSIG=1 PR_SET_SECCOMP=22 PR_CAPBSET_DROP=24 PR_SET_NO_NEW_PRIVS=38 SECCOMP_MODE_FILTER=2
+PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_LISTEN=0x4208 PTRACE_O_TRACEEXEC=0x10
+KEYCTL_JOIN_SESSION_KEYRING=1 AF_INET=2 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
+TIOCSPTLCK=0x40045431 TIOCGPTPEER=0x5441
+""".split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h ptrace.h keyctl.h, <sys/socket.h>, <asm/ioctls.h>
+    _name, _, _value = row.partition("=")
+    NAMES[_name] = int(_value, 0)
+
+# Arguments as in section 2 of the manual: s a string or struct, i int, o int shown in octal, L unsigned
+# long. Where Python has a function of that name it makes the call, else libc.
+_PROTOTYPES = dict(row.split(":") for row in """capget:ss capset:ss chmod:so close_range:iii flock:ii
+    ioctl:iis keyctl:is kill:ii makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL move_mount:isisi
+    open:sio open_tree:isi openat2:issL pipe2:i pivot_root:ss prctl:iLLLL ptrace:iiLL setraw:ii
+    sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:ii umount2:si unshare:i waitpid:ii
+    """.split())  # fmt: skip
+_NUMBERS = {"keyctl": (250, 219), "mount_setattr": (442, 442), "move_mount": (429, 429), "open_tree": (428, 428),
+            "openat2": (437, 437), "close_range": (436, 436)}  # made by syscall(2): not every libc has them  # fmt: skip
+_TYPES = {"s": ctypes.c_char_p, "i": ctypes.c_int, "L": ctypes.c_ulong}
 _libc = ctypes.CDLL(None, use_errno=True)  # the libc that Python itself runs on, glibc or musl
-_bound: "dict[str, object]" = {}  # what _bind returned, by name
 
 
-def give_back_memory() -> None:
-    """Give freed memory back to the kernel, which libc would not. See malloc_trim(3), which glibc has."""
-    if hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
+def value_of(names: str) -> int:
+    """Return the value of flags by their names in C: MS_REC|MS_PRIVATE."""
+    value = 0
+    for name in names.split("|"):
+        value |= NAMES[name]
+    return value
 
 
-def _bind(name: str):  # type: ignore[no-untyped-def]
-    """Return the function behind call(`name`): of libc, raising OSError at -1, or of a module."""
-    if name not in _PROTOTYPES:
-        return getattr(_MODULES.get(name, os), name)
-    number = [_NUMBERS[name][COLUMN]] if name in _NUMBERS else []
-    # getattr() would return one cached function for all that are syscall(), with the argtypes of the last
-    function = _libc["syscall" if number else name]
-    function.argtypes = [getattr(ctypes, _TYPES[letter]) for letter in _PROTOTYPES[name]]
-
-    def invoke(*args):  # type: ignore[no-untyped-def]
-        result = function(*number, *[os.fsencode(arg) if isinstance(arg, str) else arg for arg in args])
-        if result == -1:
-            raise OSError(ctypes.get_errno(), "")
-        return result
-
-    return invoke
-
-
-def show(arg: object) -> str:
+def show(arg: object, letter: str = " ") -> str:
     """Return one argument or result of a call as a C programmer would write it."""
     if arg is None:
         return "NULL"
-    if isinstance(arg, bytes) and arg.isascii():
-        text = arg.decode()
-        if "".join(text.split()).replace("\0", "").isprintable() and (text.strip("\0") or not text):
-            arg = text
+    if letter == "o":
+        return f"0{arg:o}"
+    if letter in "iL" and isinstance(arg, str):
+        return arg
     if isinstance(arg, (bytes, ctypes.Array)):
-        return f"<struct of {len(arg)} bytes>"
-    if isinstance(arg, list) and arg and isinstance(arg[-1], list):
-        return "<struct termios>"
+        text = bytes(arg).decode("ascii", "replace").rstrip("\0\n").replace("\0", " ").replace("\n", " ")
+        if not text.isprintable() or not text:
+            return f"<struct of {len(arg)} bytes>"
     text = repr(arg).replace("'", '"')
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def show_call(name: str, args: "tuple[object, ...]", dir_fd: "int | None") -> str:
-    """Return a call as the manual would write it."""
-    return f"{name}({', '.join(map(show, args))}{'' if dir_fd is None else f', dir_fd={dir_fd}'})"
-
-
-def call(name: str, *args: object, why: str, dir_fd: "int | None" = None):  # type: ignore[no-untyped-def]
-    """Make the system call `name`, return its result; raise CallError, which tells what it was for.
+def call(name: str, *args: object, why: str):  # type: ignore[no-untyped-def]
+    """Make the system call `name`, return its result; raise OSError, whose text says what it was for.
 
     `why` is what --explain says of the call, and how the message begins if it fails. What changes something
-    outside this process comes through here, so --explain shows it. str becomes bytes as by os.fsencode.
+    outside this process comes through here, so --explain shows it. Where the call takes a number, str names
+    flags; elsewhere it becomes bytes as by os.fsencode.
     """
-    if name not in _bound:
-        _bound[name] = _bind(name)
+    letters = _PROTOTYPES.get(name, "").ljust(len(args))
+    raw = [value_of(arg) if letter in "iL" and isinstance(arg, str) else arg
+           for arg, letter in zip(args, letters)]  # fmt: skip
+
+    def tell(result: str) -> str:
+        shown = f"{name}({', '.join(map(show, args, letters))})"
+        if log.explain:
+            log.line("info", f"[{os.getpid():>7} {log.side:4}] {shown} = {result}   # {why}")
+        return shown
+
     if name == "execve":  # when it succeeds nobody is left to tell
-        log.step(show_call(name, args, None), "?", why)
-    at_directory = {} if dir_fd is None else {"dir_fd": dir_fd}
+        tell("?")
     try:
-        result = _bound[name](*args, **at_directory)  # type: ignore[operator]
+        result = NAMES[name](*raw) if name in NAMES else call_libc(name, raw, letters)
     except (OSError, termios.error) as error:
-        number, shown = error.args[0] or errno.EIO, show_call(name, args, dir_fd)
-        log.step(shown, f"-1 {errno.errorcode.get(number, number)}", why)
-        raise CallError(number, shown, why) from None
+        number = error.args[0] or errno.EIO
+        text = f"{why}: {tell(f'-1 {errno.errorcode.get(number, number)}')}: {os.strerror(number)}"
+        failed = OSError(number, text)  # Python makes it a FileNotFoundError, PermissionError and so on
+        failed.hint = next((hint for part, code, hint in HINTS if code == number and part in text), "")
+        raise failed from None
     if log.explain and (name != "fork" or result):  # fork returns twice, the story goes on once
-        log.step(show_call(name, args, dir_fd), "0" if result is None else show(result), why)
+        tell("0" if result is None else show(result))
     return result
 
 
-HINTS = (  # how a call begins, its error, the remedy: where the error misleads, or has but one cause
+def call_libc(name: str, args: "list", letters: str) -> int:
+    """Make a call by libc, raise OSError at -1."""
+    function = _libc["syscall" if name in _NUMBERS else name]
+    if name in _NUMBERS:
+        args, letters = [_NUMBERS[name][COLUMN], *args], "L" + letters
+    function.argtypes = [_TYPES[letter] for letter in letters]
+    result = function(*[os.fsencode(arg) if isinstance(arg, str) else arg for arg in args])
+    if result == -1:
+        raise OSError(ctypes.get_errno(), "")
+    return int(result)
+
+
+HINTS = (  # part of a failed call, its error, the remedy: where the error misleads, or has but one cause
     ('mount("overlay"', errno.ENODEV, "this kernel lacks overlay; on the host: modprobe overlay"),
-    ('mount("overlay"', errno.EPERM, "overlay in a user namespace needs Linux 5.11; sudo works before"),
-    ('mount("overlay"', errno.EINVAL, "overlay takes no --upperdir on overlay, and no third overlay on two"),
+    ('mount("overlay"', errno.EINVAL,
+     "overlay takes no --upperdir on overlay, no third overlay on two, and no filesystem with casefolding"),
     ('mount("overlay"', errno.ELOOP, "the same directory twice: each --rootfs has to be another"),
-    ("pivot_root", errno.EINVAL, "the root here is an initramfs or a chroot: pivot_root cannot swap it"),
-    ("unshare(CLONE_NEWPID", errno.EPERM,
+    ('mount("overlay"', errno.EOVERFLOW, "the rootfs is not its user's own: build it as that user, or use sudo"),
+    ('mount("proc"', errno.EPERM,
+     "a part of /proc is covered here, as in a container: the kernel mounts no other one; with sudo it works"),
+    ("pivot_root", errno.EINVAL, "the root here is an initramfs, which pivot_root cannot swap: mount another, and "
+     "switch_root to it"),
+    ("CLONE_NEWPID", errno.EPERM,
      "root here lacks CAP_SYS_ADMIN, as in a container that was started without --privileged"),
+    ("join the cgroup", errno.EINVAL,
+     "a real-time caller cannot go into a cgroup that has no real-time budget: chrt --other 0 python3 mydocker.py"),
+    ("in the rootfs", errno.ELOOP, "a symlink in its place is refused: it could lead out of the rootfs"),
+    ("in the container", errno.EACCES, "a directory of the rootfs is not this user's: build it as that user, or use sudo"),
+    ("move_mount", errno.EINVAL, "a file goes on a file, a directory on a directory"),
+    ("", errno.ENOSYS, "mydocker needs Linux 5.12 or newer"),
 )  # fmt: skip
-
-
-def as_failure(error: BaseException) -> Failure:
-    """Return what to tell of an exception. An OSError not from call() begins with our function's name."""
-    trace = error.__traceback__
-    while trace and trace.tb_next and trace.tb_next.tb_frame.f_code.co_name not in TELLERS:
-        trace = trace.tb_next
-    line, step = (trace.tb_lineno, trace.tb_frame.f_code.co_name.replace("_", " ")) if trace else (0, "")
-    if isinstance(error, Failure):
-        error.line = error.line or line
-        return error
-    if isinstance(error, CallError):
-        fits = (row[2] for row in HINTS if error.shown.startswith(row[0]) and error.errno == row[1])
-        return Failure(str(error), next(fits, ""), line=line)
-    if isinstance(error, OSError):
-        text = ": ".join(filter(None, (step, str(error.filename or ""), error.strerror or str(error))))
-        return Failure(text, line=line)
-    return Failure(f"internal error: {type(error).__name__}: {error}", line=line)  # a mistake in this file
 
 
 def attempt(step, *args: object, **keywords: object):  # type: ignore[no-untyped-def]
@@ -384,144 +390,149 @@ def attempt(step, *args: object, **keywords: object):  # type: ignore[no-untyped
         return None
 
 
-def tolerate(step, *args: object, **keywords: object) -> None:  # type: ignore[no-untyped-def]
-    """Take a step of the teardown; its failure is a warning."""
+def tolerate(step) -> None:  # type: ignore[no-untyped-def]
+    """Take a step of the teardown; its failure is a warning: the status is the command's."""
     try:
-        step(*args, **keywords)
+        step()
     except OSError as error:
-        log.warning(as_failure(error).message)
+        log.warning(error.strerror or str(error))
 
 
-def mount(
-    source: "str | None", target: str, fstype: "str | None", flags: int, data: "str | None", why: str
-) -> None:
-    """Attach a filesystem, or change how it is attached. See mount(2). Raises CallError, Failure."""
+def mount(source: str, target: str, fstype: str, flags: str, data: "str | None", why: str) -> None:
+    """Attach a new filesystem. See mount(2)."""
     if data and len(os.fsencode(data)) >= os.sysconf("SC_PAGE_SIZE"):  # the kernel would cut it off unsaid
         raise Failure(f"{why}: mount(2) takes no more than a page of options: too many, or too long")
     call("mount", source, target, fstype, flags, data, why=why)
 
 
-def open_path(path: str, why: str, flags: int = O_PATH, dir_fd: "int | None" = None) -> int:
-    """Return an O_PATH descriptor: it names the place from now on, whatever becomes of the name."""
-    return int(call("open", path, flags, why=why, dir_fd=dir_fd))
-
-
 def at(fd: int) -> str:
-    """Return a path to what `fd` refers to, by the /proc that is mounted just then.
-
-    It stays right when the name changes, and has no comma or colon for overlay to take for its own.
-    """
+    """Return a path to what `fd` refers to; it has no comma or colon for overlay to take for its own."""
     return f"/proc/self/fd/{fd}"
 
 
 def read_file(path: str, why: str) -> str:
-    """Return the text of a file. Raises CallError."""
-    fd = call("open", path, O_RDONLY, why=why)
+    """Return the text of a file."""
+    fd = call("open", path, "O_RDONLY|O_CLOEXEC", why=why)
     try:
-        return os.fsdecode(read_to_end(fd, why))
+        return os.fsdecode(read_all(fd, why))
     finally:
         os.close(fd)
 
 
-def read_to_end(fd: int, why: str) -> bytes:
-    """Return all that can be read from `fd`, until EOF. See read(2)."""
+def read_all(fd: int, why: str) -> bytes:
+    """Return what can be read from `fd` until EOF."""
     data = chunk = call("read", fd, 1 << 16, why=why)
     while chunk:
-        chunk = os.read(fd, 1 << 16)
+        chunk = os.read(fd, 1 << 20)
         data += chunk
-    return bytes(data)
+    return data
 
 
 def write_file(path: str, value: str, why: str) -> None:
-    """Write `value` to an existing file, in a single write(2), as files of the kernel require.
-
-    Not open(path, "w"): its O_CREAT makes a missing file of a cgroup EACCES, where set_limit() needs ENOENT.
-    """
-    fd = call("open", path, O_WRONLY, why=why)
+    """Write `value` to an existing file, in a single write(2), as files of the kernel require."""
+    fd = call("open", path, "O_WRONLY|O_CLOEXEC", why=why)
     try:
         call("write", fd, value.encode(), why=f"{why} ({path})")
     finally:
         os.close(fd)
 
 
-def read_mountinfo() -> "list[tuple[int, int, str, str, str, str, str]]":
-    """Return (id, parent, root, mount point, options, type, options of the type) of each mount.
-
-    See proc_pid_mountinfo(5).
-    """
-    rows = []
-    table = read_file("/proc/self/mountinfo", "read the table of mounts")
-    for line in table.rstrip("\n").split("\n"):  # splitlines() also splits at what a name may have
-        left, _, right = line.partition(" - ")
-        mount_id, parent, _, root, point, options = left.split(" ")[:6]
-        for escaped, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-            root, point = root.replace(escaped, char), point.replace(escaped, char)
-        fstype, _, super_options = right.split(" ", 2)
-        rows.append((int(mount_id), int(parent), root, point, options, fstype, super_options))
-    return rows
-
-
 def poll(interests: "dict[int, int]", deadline: "float | None") -> "dict[int, int]":
     """Wait until one of the descriptors is ready, or until the deadline; return what is. See poll(2)."""
     waiter = select.poll()
     for fd, events in interests.items():
-        if events:  # 0 is for nothing at all; registered, poll(2) would report a hang-up again and again
-            waiter.register(fd, events)
+        waiter.register(fd, events)
     if deadline is None:
         return dict(waiter.poll())
-    milliseconds = int((deadline - time.monotonic()) * 1000) + 1
-    return dict(waiter.poll(min(max(0, milliseconds), (1 << 31) - 1)))  # poll(2) takes an int
+    return dict(waiter.poll(min(max(0, (deadline - time.monotonic()) * 1000 + 1), 1 << 30)))
 
 
-def open_unblocked(fd: int) -> int:
-    """Return a descriptor for the terminal `fd` by which a write does not wait for it; `fd` if it is none.
+def open_unblocked(fd: int, mode: int) -> int:
+    """Return another descriptor for `fd`; if it is a terminal, one by which nobody waits for it.
 
-    A terminal that polls writable can still block (Ctrl-S), and signals would wait with us. Opened anew,
-    because O_NONBLOCK on the caller's own would be seen by all who share it.
+    Opened anew, because O_NONBLOCK on the caller's own would be seen by all who share it.
     """
-    if os.isatty(fd):
-        flags = O_WRONLY | os.O_NOCTTY | O_NONBLOCK
-        return attempt(os.open, at(fd), flags) or fd
-    return fd
+    flags = mode | os.O_NOCTTY | os.O_NONBLOCK
+    return os.isatty(fd) and attempt(os.open, at(fd), flags) or fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
-# ---- Options, what can be asked for: LIMITS, OPTIONS, parse --------------------------------------
+# ---- Options, what can be asked for: OPTIONS, LIMITS, parse, prepare -----------------------------
 
+# This table is the parser and the help: names, what the option takes (LOW..HIGH: whole numbers; a|b: one of
+# these; ...: repeatable), what it is for. An option is a row here and one in the README.
+OPTIONS = """
+-i --interactive                          keep stdin open; without it stdin is /dev/null
+-t --tty                                  give the command a terminal of its own
+-m --memory               SIZE            memory limit: bytes, or with b, k, m, g, t
+--memory-swap             SWAP            memory plus swap; -1 = unlimited (default: twice the memory)
+--memory-swappiness       0..100          cgroup v2 has 0 only, which is no swap
+-c --cpu-shares --cpushare  2..262144     CPU weight against others, 1024 = normal
+--cpus                    CPUS            at most this many CPUs' worth of time, such as 0.5
+--cpuset-cpus --cpuset    LIST            run on these CPUs only, such as 0-1,3
+--cpuset-mems             LIST            use memory of these NUMA nodes only, such as 0
+--pids-limit              PIDS            at most so many processes and threads (default: 2048); -1 = no limit
+--ulimit                  LIMIT=SOFT[:HARD]...  a limit of each process, such as nofile=1024; see getrlimit(2)
+--oom-score-adj           -1000..1000     whom the kernel kills first when memory runs out
+--rootfs                  DIR...          root filesystem, never written to, stacked; else a view of the host's files
+--upperdir                DIR             keep what is written in DIR, to go on with it later
+--read-only                               make the root read-only
+-v --volume               SRC:DST[:ro]...  show the host's SRC at DST
+--tmpfs                   DST[:OPTIONS]...  an empty filesystem in memory; size=, mode=, exec and others
+--shm-size                SIZE            of /dev/shm (default: 64m)
+--device                  SRC[:DST]...    a device of the host's in /dev inside
+-w --workdir              PATH            start there, made if missing
+-e --env                  K[=V]...        set an environment variable; K alone copies the caller's
+--env-file                ENV_FILE...     lines of K=V or K, before those of --env
+-u --user                 USER[:GROUP]    names in the container's /etc, or numbers
+--group-add               GROUP...        one supplementary group more
+-h --hostname             HOST            host name (default: the container's id)
+--name                    NAME            name of the cgroup; refused while in use
+--add-host                NAME:IP...      a line of /etc/hosts
+--network --net           none|host       one of its own, with loopback only (default: none), or the host's
+--cap-add                 CAP...          one capability more, or ALL
+--cap-drop                CAP...          one capability less, or ALL
+--security-opt            WORD...         no-new-privileges=false, seccomp=unconfined
+--privileged                              all capabilities, no seccomp filter, nothing masked: for trusted code
+--rm                                      accepted: a container is always removed
+--pidfile                 FILE            write the command's pid on the host to FILE
+--cgroup-parent           CGROUP          make the cgroup below this one, such as /batch.slice
+--stop-timeout            SECONDS         from the first TERM, INT or HUP to the kill (default: 10)
+--explain                                 tell on stderr what is done, call by call, and why
+--log-format              text|json       how mydocker's own lines look (default: text)
+"""
+DEFAULTS = {"pids_limit": 2048, "user": "", "network": "none", "stop_timeout": 10.0, "log_format": "text",
+            "shm_size": 64 << 20}  # fmt: skip
 
-class Options:
-    """What `run` was asked for; the defaults are here. Sizes in bytes, times in seconds."""
-
-    interactive = tty = read_only = privileged = explain = False
-    memory: "int | None" = None
-    memory_swap: "int | None" = None  # memory plus swap; -1 = unlimited
-    memory_swappiness: "int | None" = None
-    cpu_shares: "int | None" = None
-    cpus: "float | None" = None
-    cpuset_cpus: "str | None" = None
-    cpuset_mems: "str | None" = None
-    pids_limit: "int | None" = 2048  # so that a fork bomb stays inside
-    oom_score_adj: "int | None" = None
-    upperdir = workdir = user = hostname = name = pidfile = cgroup_parent = ""
-    network = "none"
-    stop_timeout = 10.0
-    log_format = "text"
-
-    def __init__(self) -> None:
-        self.rootfs: "list[str]" = []
-        self.volume: "list[tuple[str, str, bool]]" = []  # source, target, read-only
-        self.tmpfs: "list[tuple[str, int, str]]" = []  # target, mount flags, data
-        self.env: "list[tuple[str, str | None]]" = []
-        self.cap_add: "list[str]" = []
-        self.cap_drop: "list[str]" = []
-        self.asked: "set[str]" = set()  # the options that came with a value, as opposed to defaults
-        self.id = os.urandom(6).hex()
-        self.rootless = os.geteuid() != 0
-        self.cwd: str = attempt(os.getcwd) or ""  # the caller's directory; "" when it has been deleted
-
-    def is_bound_view(self) -> bool:
-        """Tell whether the root is the host's, bound read-only: it has no writable layer."""
-        return self.rootless and not self.rootfs
-
+# The options that are limits: controller, v1 file, v2 file. In this order: v1 refuses a memsw limit below the
+# memory limit; on v2 --memory-swappiness 0 is a second value for memory.swap.max, which has to replace the first.
+# Adding a limit is adding a row here and one above; limit_value() has the values that are not written as given.
+LIMITS = """
+--memory             memory  memory.limit_in_bytes        memory.max
+--memory-swap        memory  memory.memsw.limit_in_bytes  memory.swap.max
+--memory-swappiness  memory  memory.swappiness            memory.swap.max
+--cpu-shares         cpu     cpu.shares                   cpu.weight
+--cpus               cpu     cpu.cfs_quota_us             cpu.max
+--cpuset-cpus        cpuset  cpuset.cpus                  cpuset.cpus
+--cpuset-mems        cpuset  cpuset.mems                  cpuset.mems
+--pids-limit         pids    pids.max                     pids.max
+"""
+# What docker reads as if the option were not there
+NOT_SET = """--memory=0 --memory-swap=0 --memory-swappiness=-1 --cpu-shares=0 --cpus=0 --cpus=0.0 --pids-limit=0 --user=
+    --cpuset-cpus= --cpuset-mems= --name=""".split()
+# What docker run has and this has not: what to do instead
+INSTEAD = dict(row.split("  ", 1) for row in """
+-d --detach  it stays in the foreground: & or systemd-run puts it into the background
+-p --publish  there is no network to publish a port from: --network host has the host's ports
+-P --publish-all  there is no network to publish a port from: --network host has the host's ports
+--mount  -v SRC:DST[:ro] binds, --tmpfs DST makes one in memory
+--entrypoint  there are no images, so no entrypoint: the command line is what runs
+--init  the command is PID 1: give it an init of the rootfs to run it, such as tini or dumb-init
+--restart  a supervisor does that: systemd-run -p Restart=always
+--platform  there are no images to choose from: --rootfs names a directory
+--pull  there are no images: --rootfs names a directory
+""".strip().split("\n"))  # fmt: skip
+SEE_HELP = "mydocker.py run --help lists the options"
+USAGE = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
 
 # <linux/capability.h>: the place in the list is the number
 CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP
@@ -529,475 +540,544 @@ CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID S
     SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME
     SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG
     WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split()
+# <asm-generic/resource.h>: the same
+RESOURCES = """cpu fsize data stack core rss nproc nofile memlock as locks sigpending msgqueue nice rtprio
+    rttime""".split()
 
-ALL_CAPABILITIES = CAPABILITIES + ["ALL"] * (64 - len(CAPABILITIES))  # "ALL": newer than the list
-
-# Each parse_ function below turns the text of a value into the value; it raises ValueError.
-_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-
-
-def is_number(text: str) -> bool:
-    """Tell whether `text` is a whole number in plain digits, and not absurdly long."""
-    return text.isascii() and text.isdecimal() and len(text) < 20
+NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
+MOUNT_WORDS = {"ro": "MS_RDONLY", "noexec": "MS_NOEXEC", "nosuid": "MS_NOSUID", "nodev": "MS_NODEV"}
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes that `text` stands for: 100m, 1.5g, 64MiB, 1048576."""
-    number = text.lower().rstrip("bkmgti")
-    unit = text.lower()[len(number) :]
-    if unit[1:] in ("b", "ib"):
-        unit = unit[0]
-    whole, dot, fraction = number.partition(".")
-    if unit not in _UNITS or not is_number(whole) or (dot and not is_number(fraction)):
-        raise ValueError(f"{text!r} is not a size such as 100m, 1.5g or 64MiB")
-    size = (int(whole + fraction) << _UNITS[unit]) // int("1" + "0" * len(fraction))
-    if not 0 < size < 1 << 63:
-        raise ValueError(f"{text!r} is out of range: more than 0 and less than 8388608t")
-    return size
+class Option:
+    """A row of OPTIONS."""
+
+    def __init__(self, row: str) -> None:
+        names, *rest = filter(None, map(str.strip, row.split("  ")))
+        self.names, self.text = names.split(), rest[-1]
+        self.metavar = rest[0] if len(rest) > 1 else ""
+        self.long = next(name for name in self.names if name.startswith("--"))
+        self.dest = self.long[2:].replace("-", "_")
+        self.repeat = self.metavar.endswith("...")
 
 
-def parse_memory(text: str) -> int:
-    """Return the bytes of --memory: with less than a page nothing could start."""
-    size = parse_size(text)
-    if size < 4096:
-        raise ValueError(f"{text!r} is less than one page of memory: 4096 bytes")
-    return size
+TABLE = [Option(row) for row in OPTIONS.strip().split("\n")]
+BY_NAME = {name: option for option in TABLE for name in option.names}
 
 
-def parse_memory_swap(text: str) -> int:
-    """Return the bytes of --memory-swap; -1 stands for no limit."""
-    return -1 if text == "-1" else parse_size(text)
+class Options:
+    """What `run` was asked for: an attribute for each row of OPTIONS. Sizes in bytes, times in seconds."""
+
+    def __getattr__(self, name: str):  # type: ignore[no-untyped-def]  # only says to mypy that there are some
+        raise AttributeError(name)
+
+    def __init__(self) -> None:
+        for option in TABLE:
+            setattr(self, option.dest, [] if option.repeat else DEFAULTS.get(option.dest))
+        self.asked: "set[str]" = set()  # the options that came with a value, as opposed to defaults
+        self.id = os.urandom(6).hex()
+        # root of a user namespace is the user who made it; only the first one's map is the whole range
+        whole = "4294967295" in (attempt(read_file, "/proc/self/uid_map", "is root here the machine's") or "")
+        self.rootless = os.geteuid() != 0 or not whole
+        self.cwd = attempt(os.getcwd) or ""  # the caller's directory; "" when it has been deleted
+        self.layer_lock = -1  # the --upperdir, locked
+        self.process_limit = b""  # struct rlimit, where there is no cgroup for --pids-limit
 
 
-def whole_number(low: int, high: int):  # type: ignore[no-untyped-def]
-    """Return a parse function for the whole numbers from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        if not is_number(text[text.startswith("-") :]) or not low <= int(text) <= high:
-            raise ValueError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
+# Each parse_ function turns the text of a value into the value. Where it raises ValueError or LookupError,
+# parse() says what the option takes.
 
 
-def parse_pids_limit(text: str) -> "int | None":
-    """Return a number of processes and threads; None, for -1, is no limit."""
-    limit: int = whole_number(-1, 1 << 22)(text)
-    if limit == 0:
-        raise ValueError("0 would leave no room for the command itself; -1 is no limit")
-    return None if limit == -1 else limit
+def check(good: object) -> None:
+    """Refuse a value that is not good."""
+    if not good:
+        raise ValueError
+
+
+def parse_value(kind: str, text: str):  # type: ignore[no-untyped-def]
+    """Return the value of an option that takes `kind`, as OPTIONS has it."""
+    kind = kind.replace("...", "")
+    if ".." in kind:
+        low, high = kind.split("..")
+        return parse_whole(text, int(low), int(high))
+    check("|" not in kind or text in kind.split("|"))
+    return PARSERS.get(kind, parse_text)(text)
+
+
+def parse_whole(text: str, low: int, high: int) -> int:
+    """Return a whole number in plain digits: int() takes more than that."""
+    check(text[text[:1] == "-" :].isdecimal() and text.isascii() and len(text) < 20 and low <= int(text) <= high)
+    return int(text)
 
 
 def parse_decimal(text: str) -> float:
-    """Return a number that may have a fraction."""
-    if not is_number(text.replace(".", "", 1)):
-        raise ValueError(f"{text!r} is not a number such as 0.5 or 2")
+    """Return a number in plain digits, with a fraction or without: float() takes more than that."""
+    check(text.isascii() and text.replace(".", "", 1).isdecimal() and text[-1] != "." and len(text) < 20)
     return float(text)
 
 
 def parse_cpus(text: str) -> float:
     """Return a number of CPUs, which this machine has to have."""
-    cpus, available = parse_decimal(text), os.cpu_count() or 1
-    if not 0.01 <= cpus <= available:
-        raise ValueError(f"{text!r} is not within 0.01 and {available}, the CPUs of this machine")
-    return cpus
+    check(0.01 <= parse_decimal(text) <= (os.cpu_count() or 1))
+    return float(text)
 
 
-def expand_list(text: str) -> "set[int]":
+def parse_pids(text: str) -> int:
+    """Return a number of processes; -1 is no limit."""
+    return -1 if text == "-1" else parse_whole(text, 1, 1 << 22)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` stands for: 100m, 1.5g, 64MiB, 1048576."""
+    digits = text.lower().rstrip("bkmgti")
+    unit = text.lower()[len(digits) :]
+    check(unit[1:] in ("", "b", "ib") and unit not in ("bb", "bib"))
+    size = int(parse_decimal(digits) * 1024 ** "bkmgt".index(unit[:1]))
+    check(0 < size < 1 << 63)
+    return size
+
+
+def parse_list(text: str) -> "set[int]":
     """Return the numbers of a list such as 0-1,3. See cpuset(7), "List format"."""
     numbers: "set[int]" = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not is_number(first) or not is_number(last if dash else first):
-            raise ValueError(f"{text!r} is not a list such as 0-1,3")
-        if max(int(first), int(last or 0)) >= 1 << 16:  # more than any kernel has, and to be written out
-            raise ValueError(f"{text!r} goes beyond {(1 << 16) - 1}")
-        if int(last or first) < int(first):
-            raise ValueError(f"{text!r} has a range that runs backwards")
-        numbers.update(range(int(first), int(last or first) + 1))
+        low = parse_whole(first, 0, 65535)
+        numbers.update(range(low, parse_whole(last if dash else first, low, 65535) + 1))
     return numbers
 
 
-def parse_list(text: str) -> str:
-    """Check a list of CPUs or nodes; return it unchanged."""
-    expand_list(text)
-    return text
-
-
-def parse_text(text: str) -> str:
-    """Return a path or a name, which is not empty."""
-    if not text:
-        raise ValueError("the value is empty")
-    return text
+def parse_ulimit(text: str) -> "tuple[str, bytes]":
+    """Return (name, struct rlimit) of NAME=SOFT[:HARD]; -1 and unlimited are RLIM_INFINITY."""
+    name, _, values = text.partition("=")
+    numbers = [(1 << 64) - 1 if part in ("-1", "unlimited") else parse_whole(part, 0, 1 << 62)
+               for part in values.split(":")]  # fmt: skip
+    check(name in RESOURCES and len(numbers) < 3 and numbers[0] <= numbers[-1])
+    return name, struct.pack("2Q", numbers[0], numbers[-1])
 
 
 def parse_inside(text: str) -> str:
-    """Return an absolute path inside the container, for --workdir."""
-    if not text.startswith("/"):
-        raise ValueError(f"{text!r} is not an absolute path")
+    """Return an absolute path in the container."""
+    check(text.startswith("/"))
+    return os.path.normpath("/" + text.lstrip("/"))
+
+
+def parse_volume(text: str) -> "tuple[str, str, str]":
+    """Return (target, source, flags) of SRC:DST[:ro|rw|z|Z,...]; a colon in SRC is part of its name."""
+    rest, _, mode = text.rpartition(":")
+    words = mode.split(",")
+    if not {"ro", "rw", "z", "Z"}.issuperset(words):  # z and Z are for SELinux: nothing to do
+        rest, words = text, []
+    source, _, target = rest.rpartition(":")
+    check(source and parse_inside(target) != "/")
+    return parse_inside(target), source, "MOUNT_ATTR_RDONLY" if "ro" in words else ""
+
+
+def parse_tmpfs(text: str) -> "tuple[str, str, str]":
+    """Return (target, mount flags, options) of DST[:OPTIONS]; tmpfs(5) lists them, the kernel checks them."""
+    target, _, rest = text.partition(":")
+    check(parse_inside(target) != "/")
+    words, data = {"noexec", "nosuid", "nodev"}, []
+    for word in rest.split(","):
+        if word in MOUNT_WORDS:
+            words.add(word)
+        elif "no" + word in MOUNT_WORDS:
+            words.discard("no" + word)
+        elif word not in ("", "rw"):
+            data.append(word)
+    return parse_inside(target), "|".join(MOUNT_WORDS[word] for word in sorted(words)) or "0", ",".join(data)
+
+
+def parse_device(text: str) -> "tuple[str, str]":
+    """Return (target, source) of SRC[:DST[:rwm]]; other permissions would take a controller of their own."""
+    source, target, permissions = [*text.split(":"), "", "rwm"][:3]
+    check(source and text.count(":") < 3 and set(permissions or "rwm") == set("rwm"))
+    return parse_inside(target or source), source
+
+
+def parse_env_file(text: str) -> "list[str]":
+    """Return the variables in a file, each K=V or K, as docker reads it: nothing is quoted, # is a comment."""
+    lines = attempt(read_file, text, "--env-file")
+    if lines is None:
+        raise Failure(f"--env-file {text}: it cannot be read")
+    words = [line.lstrip() for line in lines.split("\n")]
+    return [parse_env(word.rstrip("\r")) for word in words if word and word[0] != "#"]
+
+
+def parse_env(text: str) -> str:
+    """Return K=V or K; no variable has an empty name, or a NUL."""
+    check(text[0] != "=" and "\0" not in text)
     return text
 
 
-def parse_volume(text: str) -> "tuple[str, str, bool]":
-    """Return (source, target, read-only) of SRC:DST[:ro|rw]; a colon in SRC is part of its name."""
-    rest, _, mode = text.rpartition(":")
-    if mode not in ("ro", "rw"):
-        rest, mode = text, "rw"
-    source, _, target = rest.rpartition(":")
-    if not source or not target.startswith("/") or not target.strip("/."):
-        raise ValueError(f"{text!r} is not SRC:DST[:ro|rw] with an absolute DST other than /")
-    return source, target, mode == "ro"
+def parse_host(text: str) -> str:
+    """Return a line of /etc/hosts of NAME:IP."""
+    name, _, address = text.partition(":")
+    check(parse_name(name) and address and not address.strip("0123456789abcdefABCDEF.:"))
+    return f"{address}\t{name}"
 
 
-# Options of a mount as mountinfo and --tmpfs name them
-MOUNT_WORDS = {"ro": MS_RDONLY, "nosuid": MS_NOSUID, "nodev": MS_NODEV, "noexec": MS_NOEXEC}
-_OPPOSITES = {"rw": "ro", "suid": "nosuid", "dev": "nodev", "exec": "noexec"}
-
-
-def parse_tmpfs(text: str) -> "tuple[str, int, str]":
-    """Return (target, mount flags, data) of DST[:OPTIONS]. See tmpfs(5)."""
-    target, _, rest = text.partition(":")
-    if not target.startswith("/") or not target.strip("/."):
-        raise ValueError(f"{text!r} is not DST[:OPTIONS] with an absolute DST other than /")
-    flags, data = {MS_NOEXEC, MS_NOSUID, MS_NODEV}, ["mode=1777"]
-    for word in filter(None, rest.split(",")):
-        key, _, value = word.partition("=")
-        if word in MOUNT_WORDS:
-            flags.add(MOUNT_WORDS[word])
-        elif word in _OPPOSITES:
-            flags.discard(MOUNT_WORDS[_OPPOSITES[word]])
-        elif key == "size" and not value.endswith("%"):
-            data.append(f"size={parse_size(value)}")
-        elif key in ("size", "mode", "uid", "gid", "nr_inodes") and value:
-            data.append(word)
-        else:
-            raise ValueError(f"{word!r} is not an option of tmpfs known here")
-    return target, union(flags), ",".join(data)
-
-
-def parse_env(text: str) -> "tuple[str, str | None]":
-    """Return (name, value) of K=V, or of K with the caller's value; None when that has none."""
-    name, equals, value = text.partition("=")
-    if not name:
-        raise ValueError(f"{text!r} is not NAME=VALUE or NAME")
-    return name, value if equals else os.environ.get(name)
+def parse_security(text: str) -> str:
+    """Return a word of --security-opt, as far as it means something here; an older form has a colon."""
+    word = text.replace(":", "=", 1)
+    check(word.split("=")[0] in ("label", "apparmor") or word in ("seccomp=unconfined", "no-new-privileges",
+          "no-new-privileges=true", "no-new-privileges=false"))  # fmt: skip
+    return word
 
 
 def parse_name(text: str) -> str:
     """Return a name for the host or the cgroup: no slash, so it is no path; no newline, so no second line."""
-    plain = text.replace("-", "").replace(".", "").replace("_", "")
-    if not (plain.isascii() and plain.isalnum() and text[0].isalnum() and len(text) <= 64):
-        raise ValueError(f"{text!r} is not a name: [a-zA-Z0-9][a-zA-Z0-9_.-]*, up to 64 characters")
+    check(not text.strip(NAME_CHARACTERS) and text[0].isalnum() and len(text) <= 200)
     return text
 
 
-def one_of(*choices: str):  # type: ignore[no-untyped-def]
-    """Return a parse function that takes these words and no others."""
-
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"{text!r} is neither {' nor '.join(choices)}")
-        return text
-
-    return parse
+def parse_hostname(text: str) -> str:
+    """Return a name that sethostname(2) takes."""
+    check(len(text) <= 64)
+    return parse_name(text)
 
 
-def parse_cgroup_parent(text: str) -> str:
+def parse_text(text: str) -> str:
+    """Return any value but an empty one."""
+    check(text and "\0" not in text)
+    return text
+
+
+def parse_cgroup(text: str) -> str:
     """Return the path of a cgroup from the top of its hierarchy, with no way back up in it."""
-    parts = [part for part in text.split("/") if part]
-    if not parts or "." in parts or ".." in parts:
-        raise ValueError(f"{text!r} is not the path of a cgroup, such as /batch.slice/job")
-    return "/" + "/".join(parts)
+    path = os.path.normpath("/" + text.strip("/"))
+    check(path == "/" + text.strip("/") != "/")
+    return path
 
 
 def parse_capability(text: str) -> str:
     """Return the name of a capability as in CAPABILITIES, or ALL."""
-    name = text.upper()
-    name = name[4:] if name.startswith("CAP_") else name
-    if name != "ALL" and name not in CAPABILITIES:
-        raise ValueError(f"{text!r} is not a capability; capabilities(7) lists them")
+    name = text.upper()[4 if text.upper().startswith("CAP_") else 0 :]
+    check(name in (*CAPABILITIES, "ALL"))
     return name
 
 
-class Option:
-    """One row of the command line: its names, what it takes, and what makes a value of the text."""
-
-    def __init__(self, names, text, metavar="", parse=None, repeat=False) -> None:  # type: ignore[no-untyped-def]
-        self.names, self.metavar, self.parse = names.split(), metavar, parse
-        self.text, self.repeat = text, repeat
-        self.long = next(name for name in self.names if name.startswith("--"))
-        self.dest = self.long[2:].replace("-", "_")
+def parse_switch(text: str) -> bool:
+    """Return what --tty=false and its like mean, in the words of Go's ParseBool."""
+    check(text.lower() in ("1", "t", "true", "0", "f", "false"))
+    return text.lower() in ("1", "t", "true")
 
 
-class Limit(Option):
-    """An option that is written to a file of a cgroup controller: which file, which value, on v1 and v2."""
-
-    def __init__(self, names, metavar, parse, text, controller, v1_file, v2_file, v1=None, v2=None) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(names, text, metavar, parse)
-        self.controller = controller
-        self.files = {1: v1_file, 2: v2_file}
-        v1 = v1 or (lambda options: getattr(options, self.dest))
-        self.values = {1: v1, 2: v2 or v1}  # functions from Options to the value, None: do not write it
-
-
-def shares_to_weight(shares: int) -> int:
-    """Return the v2 weight (1..10000, normal 100) for v1 CPU shares (2..262144, normal 1024).
-
-    The kernel has no conversion; this is the curve that runc (since 1.3.2) and crun (1.23) use.
-    """
-    log2 = math.log2(shares)
-    return math.ceil(10 ** ((log2 * log2 + 125 * log2) / 612 - 7 / 34))
-
-
-def swap_of(options: Options) -> "str | None":
-    """Return v2's limit, which is for swap alone; the option means memory plus swap, as v1 does."""
-    if options.memory is None or options.memory_swap is None:
-        return None
-    return "max" if options.memory_swap == -1 else str(options.memory_swap - options.memory)
-
-
-CPU_PERIOD = 100000  # microseconds: the kernel's default
-
-# In this order: v1 refuses a memsw limit below the memory limit; on v2 --memory-swappiness 0 is a second
-# value for memory.swap.max, which has to replace the first.
-# Adding a limit is adding a row here, its default to Options, and its rows to the README's two tables.
-# This table is the parser, the help, what is written and what is read back.
-LIMITS = (
-    Limit("-m --memory", "SIZE", parse_memory, "memory limit: bytes, or with b, k, m, g, t",
-          "memory", "memory.limit_in_bytes", "memory.max"),
-    Limit("--memory-swap", "SIZE", parse_memory_swap,
-          "memory plus swap; -1 = unlimited (default: twice the memory)",
-          "memory", "memory.memsw.limit_in_bytes", "memory.swap.max", v2=swap_of),
-    Limit("--memory-swappiness", "N", whole_number(0, 100),
-          "0 to 100; cgroup v2 has 0 only, which is no swap",
-          "memory", "memory.swappiness", "memory.swap.max"),
-    Limit("-c --cpu-shares --cpushare", "N", whole_number(2, 262144),
-          "CPU weight against others, 1024 = normal", "cpu", "cpu.shares", "cpu.weight",
-          v2=lambda o: o.cpu_shares and shares_to_weight(o.cpu_shares)),
-    Limit("--cpus", "N", parse_cpus, "at most this many CPUs' worth of time, such as 0.5",
-          "cpu", "cpu.cfs_quota_us", "cpu.max", lambda o: o.cpus and round(o.cpus * CPU_PERIOD),
-          lambda o: o.cpus and f"{round(o.cpus * CPU_PERIOD)} {CPU_PERIOD}"),
-    Limit("--cpuset-cpus --cpuset", "LIST", parse_list, "run on these CPUs only, such as 0-1,3",
-          "cpuset", "cpuset.cpus", "cpuset.cpus"),
-    Limit("--cpuset-mems", "LIST", parse_list, "use memory of these NUMA nodes only",
-          "cpuset", "cpuset.mems", "cpuset.mems"),
-    Limit("--pids-limit", "N", parse_pids_limit,
-          "at most N processes and threads (default: 2048); -1 = no limit",
-          "pids", "pids.max", "pids.max"),
-)  # fmt: skip
-
-OPTIONS = (
-    Option("-i --interactive", "keep stdin open; without it stdin is /dev/null"),
-    Option("-t --tty", "give the command a terminal of its own"),
-    *LIMITS,
-    Option("--oom-score-adj", "-1000 to 1000: whom the kernel kills first when memory runs out",
-           "N", whole_number(-1000, 1000)),
-    Option("--rootfs",
-           "root filesystem, never written to; repeatable, each stacked on those before; "
-           "without it: a throwaway view of the host's files", "DIR", parse_text, repeat=True),
-    Option("--upperdir", "keep what is written in DIR, to go on with it later", "DIR", parse_text),
-    Option("--read-only", "make the root read-only"),
-    Option("-v --volume", "show the host's SRC at DST", "SRC:DST[:ro]", parse_volume, repeat=True),
-    Option("--tmpfs", "an empty filesystem in memory; size=, mode=, exec and others",
-           "DST[:OPTIONS]", parse_tmpfs, repeat=True),
-    Option("-w --workdir", "start in DIR, made if missing", "DIR", parse_inside),
-    Option("-e --env", "set an environment variable; K alone copies the caller's",
-           "K[=V]", parse_env, repeat=True),
-    Option("-u --user", "names in the container's /etc, or numbers", "USER[:GROUP]", parse_text),
-    Option("--hostname", "host name (default: the container's id)", "NAME", parse_name),
-    Option("--name", "name of the cgroup; refused while in use", "NAME", parse_name),
-    Option("--network --net", "none: one of its own, with loopback only (default); host: the host's",
-           "none|host", one_of("none", "host")),
-    Option("--cap-add", "one capability more, or ALL", "NAME", parse_capability, repeat=True),
-    Option("--cap-drop", "one capability less, or ALL", "NAME", parse_capability, repeat=True),
-    Option("--privileged", "all capabilities, no seccomp filter, nothing masked: for trusted code"),
-    Option("--pidfile", "write the command's pid on the host to FILE", "FILE", parse_text),
-    Option("--cgroup-parent", "make the cgroup below this one", "PATH", parse_cgroup_parent),
-    Option("--stop-timeout", "from the first TERM, INT or HUP to the kill (default: 10)",
-           "SECONDS", parse_decimal),
-    Option("--explain", "tell on stderr what is done, call by call, and why"),
-    Option("--log-format", "how mydocker's own lines look", "text|json", one_of("text", "json")),
-)  # fmt: skip
-
-BY_NAME = {name: option for option in OPTIONS for name in option.names}
-SEE_HELP = "mydocker.py run --help lists the options"
-USAGE = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
+PARSERS = {"": parse_switch, "SIZE": parse_size, "SWAP": lambda text: -1 if text == "-1" else parse_size(text),
+           "CPUS": parse_cpus, "PIDS": parse_pids, "SECONDS": parse_decimal, "SRC:DST[:ro]": parse_volume,
+           "DST[:OPTIONS]": parse_tmpfs, "PATH": parse_inside, "NAME": parse_name, "CAP": parse_capability,
+           "CGROUP": parse_cgroup, "LIST": lambda text: parse_list(text) and text, "SRC[:DST]": parse_device,
+           "LIMIT=SOFT[:HARD]": parse_ulimit, "K[=V]": parse_env, "ENV_FILE": parse_env_file,
+           "NAME:IP": parse_host, "HOST": parse_hostname, "WORD": parse_security}  # fmt: skip
 
 
 def parse(words: "list[str]", options: Options) -> "list[str]":
     """Fill in the options and return the command of `run`; the first word that is no option begins it.
 
-    Return no command where help is asked for. Raises Failure.
-
-    Not by argparse, which takes the command's own words for options (sh -c, stress -m) and costs
-    8 ms; it describes the same table in print_help().
+    Return no command where help is asked for. Not by argparse, which takes the command's own words for
+    options (sh -c, stress -m) and costs 8 ms; it describes the same table in print_help().
     """
     rest = words[::-1]  # reversed: the next word is the last
     while rest and rest[-1].startswith("-") and rest[-1] != "-":
         word = rest.pop()
-        if word in ("-h", "--help"):
+        if word == "--help":
             return []
         if word == "--":
             break
         if word.startswith(("-cpuset", "-cpushare")):  # one dash, as the book has it
             word = "-" + word
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            take(options, name, value if equals else None, rest)
-            continue
-        letters = word[1:]
-        while letters:  # -ti is -t -i; -m100m, -m=100m and -m 100m are one
-            name, letters = "-" + letters[0], letters[1:]
-            if letters and name in BY_NAME and BY_NAME[name].metavar:
-                take(options, name, letters[letters[0] == "=" :], rest)
-                break
-            take(options, name, None, rest)
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):  # -ti is -t -i; -m100m, -m=100m and -m 100m are one
+            name, value = word[:2], word[2:][word[2:3] == "=" :]
+            equals = word[2:3] == "="
+        option = BY_NAME.get(name)
+        if not option:
+            instead = [text for names, text in INSTEAD.items() if name in names.split()]
+            raise Failure(": ".join([f"run: there is no option {name}", *instead]), "" if instead else SEE_HELP)
+        if not option.metavar and not equals:
+            rest += ["-" + value] if value else []
+            value = "true"
+        elif not value and not equals:
+            if not rest:
+                raise Failure(f"run: {name} needs a value: {option.metavar}")
+            value = rest.pop()
+        store(options, option, name, value)
     if not rest:
         raise Failure("run: no command given", SEE_HELP)
     return rest[::-1]
 
 
-def take(options: Options, name: str, value: "str | None", rest: "list[str]") -> None:
-    """Store one option, with its value from `value` or, when that is None, from the end of `rest`."""
-    option = BY_NAME.get(name)
-    if not option:
-        raise Failure(f"run: there is no option {name}", SEE_HELP)
-    if not option.metavar:
-        if value is not None:
-            raise Failure(f"run: {name} takes no value")
-        setattr(options, option.dest, True)
+def store(options: Options, option: Option, name: str, value: str) -> None:
+    """Store the value of one option; `name` is how it was called."""
+    if f"{option.long}={value}" in NOT_SET:
         return
-    if value is None:
-        if not rest:
-            raise Failure(f"run: {name} needs a value: {option.metavar}")
-        value = rest.pop()
     try:
-        parsed = option.parse(value)
-    except ValueError as error:
-        raise Failure(f"run: {name}: {error}") from None
-    if option.repeat:
-        getattr(options, option.dest).append(parsed)
-    else:
-        setattr(options, option.dest, parsed)
-    options.asked.add(option.dest)
+        parsed = parse_value(option.metavar, value)
+    except (ValueError, LookupError):
+        takes = f"{option.metavar}: {option.text}" if option.metavar else "true or false"
+        raise Failure(f"run: {name} {value!r}: it takes {takes}") from None
+    setattr(options, option.dest, getattr(options, option.dest) + [parsed] if option.repeat else parsed)
+    options.asked.add(option.long)
 
 
-# ---- Cgroups, what it may use: Hierarchy, Cgroups ------------------------------------------------
+def prepare(options: Options) -> None:
+    """Refuse what cannot work, and fill in what follows from the rest, before anything is done."""
+    if os.readlink("/proc/self") != str(os.getpid()):  # we would take strangers for our processes
+        raise Failure("/proc is that of another pid namespace", "mount -t proc proc /proc")
+    memory, swap = options.memory, options.memory_swap
+    if memory is None and swap is not None:
+        raise Failure("--memory-swap: it is memory plus swap, so it needs --memory")
+    if memory is not None:
+        options.memory_swap = swap = swap or min(2 * memory, (1 << 63) - (1 << 16))
+        if memory < os.sysconf("SC_PAGE_SIZE") or -1 < swap < memory:
+            raise Failure("--memory: it is at least a page, and --memory-swap, which is both together, at least that")
+    for kind, wanted in (("cpu", options.cpuset_cpus), ("node", options.cpuset_mems)):
+        available = read_file(f"/sys/devices/system/{kind}/online", "which are there").strip() if wanted else ""
+        if wanted and not parse_list(wanted) <= parse_list(available):
+            raise Failure(f"--cpuset {wanted}: not all of these exist; available: {available}")
+    for path in options.rootfs:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise Failure(f"--rootfs {path}: it is not a directory")
+        if options.upperdir and is_below(os.path.realpath(options.upperdir + "/layer"), (os.path.realpath(path),)):
+            raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
+    targets: "list[str]" = []
+    for target, source, *_ in options.volume + options.device + options.tmpfs:
+        if target in targets:
+            raise Failure(f"two mounts are to go on {target}")
+        targets.append(target)
+    for _, source, *_ in options.volume + options.device:
+        os.stat(source)
+    bound = options.rootless and not options.rootfs
+    for name in {"--upperdir", "--add-host"} & options.asked if bound else ():
+        raise Failure(f"{name}: without root the view of the host is read-only", "--rootfs, or sudo")
+    if not options.hostname:
+        options.hostname = os.uname().nodename if options.network == "host" else options.id
 
-NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # how the kernel says that a cgroup is another's
+
+# ---- Cgroups, what it may use: make_cgroups, Cgroup ----------------------------------------------
+
+CPU_PERIOD = 100000  # microseconds: the kernel's default
+OWN_CGROUP = ("as root, or in a cgroup of your own: "
+              "systemd-run --user --scope -p Delegate=yes python3 mydocker.py run ...")  # fmt: skip
+NO_CONTROLLER = "grep . /proc/cgroups shows which there are; some kernels want cgroup_enable=memory when they boot"
 
 
 class Unavailable(Failure):
     """No cgroup can be had here. Fatal when a limit was asked for; otherwise the run goes on without."""
 
-    hint = (
-        "as root, or in a cgroup of your own: "
-        "systemd-run --user --scope -p Delegate=yes python3 mydocker.py run ..."
-    )
+
+def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
+    """Make the container's cgroups with all limits; return those that init is to join.
+
+    A controller (memory, cpu) bounds one resource. v1 has a tree of cgroups for each of them, v2 one for all;
+    a hybrid host has some of each. See cgroups(7).
+    """
+    found, joined = find_cgroups(), []
+    for row in LIMITS.strip().split("\n"):
+        name, controller, *files = row.split()
+        cgroup = found.get(controller) or found.get("")
+        value = limit_value(name, cgroup.version, options) if cgroup else None
+        if value is not None:
+            cgroup.limits.append((name, controller, files[cgroup.version - 1], str(value)))
+        elif not cgroup and name in options.asked:
+            raise Failure(f"{name}: there is no {controller} controller here", NO_CONTROLLER)
+    # v1: all of them, or a JVM ignores the limit that is there; v2 alone always: the container sees one of its own
+    wanted = [found[name] for name in ("memory", "cpu", "cpuacct", "cpuset", "pids") if name in found]
+    wanted += [found[name] for name in found if not name and (found[name].limits or not wanted)]
+    for cgroup in dict.fromkeys(wanted):
+        asked = options.asked.intersection(row[0] for row in cgroup.limits)
+        cgroup.is_asked = bool(asked)
+        try:
+            cgroup.make(options, undo)
+            joined.append(cgroup)
+        except (Unavailable, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            if asked - ({"--pids-limit"} if options.rootless else set()):  # for that there is RLIMIT_NPROC, too
+                why = error.strerror if isinstance(error, OSError) else str(error)
+                raise Failure(f"{', '.join(sorted(asked))}: no cgroup here is ours to use: {why}",
+                              getattr(error, "hint", "") or OWN_CGROUP) from None  # fmt: skip
+    if "--cgroup-parent" in options.asked and not joined:
+        raise Failure(f"--cgroup-parent {options.cgroup_parent}: no cgroup can be made there", OWN_CGROUP)
+    limited = {row[0] for cgroup in joined for row in cgroup.limits}
+    if options.rootless and options.pids_limit > 0 and "--pids-limit" not in limited:
+        # in a user namespace the kernel counts its processes alone, and no others of this user
+        options.process_limit = struct.pack("2Q", options.pids_limit, options.pids_limit)
+    return joined
 
 
-class Hierarchy:
-    """One mounted tree of cgroups. A controller (memory, cpu) bounds one resource; v2 has one tree for all
-    of them, with the key "" in find_hierarchies(), v1 one per controller or group of them.
+def find_cgroups() -> "dict[str, Cgroup]":
+    """Return the hierarchy of each v1 controller, and that of v2 under "".
+
+    The usual mount points are tried first: mountinfo takes 9 ms to read where 5000 filesystems are mounted.
+    """
+    found: "dict[str, Cgroup]" = {}
+    for line in read_file("/proc/self/cgroup", "find the cgroups we are in").split("\n")[:-1]:
+        _, controllers, path = line.split(":", 2)
+        if controllers.startswith("name=") or path.startswith("/.."):  # no limits; outside of our namespace
+            continue
+        for top, root in find_cgroup_mounts(controllers):
+            own = (top + path[len(root) :]).rstrip("/")
+            if is_below(path, (root,)) and os.path.exists(f"{own}/cgroup.procs"):
+                found.update(dict.fromkeys(controllers.split(","), Cgroup(controllers, top, own)))
+                break
+    return found
+
+
+def find_cgroup_mounts(controllers: str):  # type: ignore[no-untyped-def]
+    """Yield where the hierarchy of these controllers may be mounted, and from which cgroup of it on."""
+    yield from [(f"/sys/fs/cgroup/{name}".rstrip("/"), "") for name in ([controllers] if controllers else ["", "unified"])]
+    for _, _, root, point, fstype, words in read_mountinfo():
+        same = fstype == "cgroup" and set(controllers.split(",")) <= set(words.split(","))
+        if same if controllers else fstype == "cgroup2":
+            yield point, root.rstrip("/")
+
+
+def limit_value(name: str, version: int, options: Options):  # type: ignore[no-untyped-def]
+    """Return what is to be written for a row of LIMITS on cgroup v1 or v2; None: nothing."""
+    value = getattr(options, BY_NAME[name].dest)
+    if value in (None, -1):  # a new cgroup has no limit
+        return None
+    if name == "--cpus":
+        quota = round(value * CPU_PERIOD)
+        return quota if version == 1 else f"{quota} {CPU_PERIOD}"
+    if version == 1:
+        return value
+    if name == "--memory-swappiness" and value:
+        raise Failure("--memory-swappiness: cgroup v2 has none; 0 is possible: no swap")
+    if name == "--cpu-shares":  # the kernel has no conversion; this curve is that of runc (1.3.2) and crun (1.23)
+        log2 = math.log2(value)
+        return math.ceil(10 ** ((log2 * log2 + 125 * log2) / 612 - 7 / 34))
+    return value - options.memory if name == "--memory-swap" else value  # v2's is for swap alone
+
+
+class Cgroup:
+    """The container's cgroup in one hierarchy: PARENT/mydocker-NAME. Its methods run outside.
+
+    It belongs to whoever holds a lock on its directory; run() holds it to the end. One without a lock is what
+    a killed run() left: by that, and not by a pid, runs of different pid namespaces know each other's.
+
+    On v2 the processes are one level below, in mydocker-NAME/container: systemd rewrites its own
+    cgroup.subtree_control at every daemon-reload, and controllers that are handed down no further, and with
+    them the limits, would vanish without a word ("top-down constraint" in cgroup-v2.rst).
     """
 
     def __init__(self, controllers: str, top: str, own: str) -> None:
         self.version = 1 if controllers else 2
         self.controllers, self.top, self.own = controllers, top, own  # own: where we are in it
-        self.rows: "list[tuple[Limit, str]]" = []  # the limits to set in it, each with its value
-        self.shared = ""  # the cgroup above those of all containers
-        self.directory = ""  # the container's own
+        self.limits: "list[tuple[str, str, str, str]]" = []  # option, controller, file, value
+        self.directory = self.leaf = ""
+        self.is_asked = False  # by an option, as opposed to a default
+        self.joins: "list[tuple[int, bytes]]" = []  # what init is to write, and the file to write it to
 
+    def make(self, options: Options, undo: "list") -> None:
+        """Make the cgroup, write every limit, read it back, open the files to join by. Raises Unavailable."""
+        parent = self.find_parent(options)
+        if self.version == 2 and parent == self.own != self.top:
+            self.leave_for_leaf(options, undo)
+        directory = f"{parent}/mydocker-{options.name or options.id}"
+        if not claim(directory):
+            raise Failure(f"--name {options.name}: in use by another container")
+        self.directory = directory
+        undo.append(self.remove)
+        undo.append(self.report)
+        sweep(parent)
+        self.hand_down(parent, options.asked)
+        for name, _, file, value in self.limits:
+            self.set_limit(directory, name, file, value, name in options.asked)
+        path, why = directory, "init will join the cgroup by it: it sees no path to it"
+        if self.version == 2:
+            path = f"{directory}/container"
+            call("mkdir", path, 0o755, why="on v2 the processes are in a cgroup below the one with the limits")
+            names = " ".join(f"+{name}" for name in sorted({row[1] for row in self.limits}))
+            if options.privileged:  # the upper one is to be the root of its cgroup namespace, to divide it further
+                self.open_join(f"{directory}/cgroup.procs", b"0", why)
+                self.open_join(f"{path}/cgroup.procs", b"0", why)
+                self.open_join(f"{directory}/cgroup.subtree_control", names.encode(), why)
+                return
+            write_file(f"{directory}/cgroup.subtree_control", names, "hold the controllers, whatever systemd does")
+            for name, _, file, value in self.limits:  # once more, where programs look for them
+                self.set_limit(path, name, file, value, False)
+        # v1 by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
+        self.open_join(f"{path}/{'tasks' if self.version == 1 else 'cgroup.procs'}", b"0", why)
 
-def find_hierarchies() -> "dict[str, Hierarchy]":
-    """Return the hierarchy of each v1 controller, and that of v2 under "". See cgroups(7).
+    def open_join(self, path: str, data: bytes, why: str) -> None:
+        """Open a file for init to write `data` to."""
+        self.joins.append((call("open", path, "O_WRONLY|O_CLOEXEC", why=why), data))
 
-    v1, hybrid and v2 differ per controller. The usual mount points are tried first: mountinfo takes
-    9 ms to read where 5000 filesystems are mounted.
-    """
-    found: "dict[str, Hierarchy]" = {}
-    # split at \n alone, as a name may have other ends of a line; empty where nothing was ever mounted
-    for line in filter(None, read_file("/proc/self/cgroup", "find the cgroups we are in").split("\n")):
-        _, controllers, path = line.split(":", 2)
-        if controllers.startswith("name=") or path.startswith("/.."):  # no limits; outside our namespace
-            continue
-        top, own = "", path
-        names = [controllers] if controllers else [".", "unified"]
-        for usual in [os.path.normpath(f"/sys/fs/cgroup/{name}") for name in names]:
-            if os.path.exists(f"{usual}{path}/{'tasks' if controllers else 'cgroup.controllers'}"):
-                top = usual
-                break
-        else:  # mounted elsewhere, or, inside another container, not from its root
-            for _, _, root, point, _, fstype, options in read_mountinfo():
-                same = set(controllers.split(",")) <= set(options.split(","))
-                if fstype == "cgroup2" and not controllers or fstype == "cgroup" and same:
-                    if (path + "/").startswith(root.rstrip("/") + "/"):
-                        top, own = point, path[len(root.rstrip("/")) :]
-        if top:
-            hierarchy = Hierarchy(controllers, top, (top + own).rstrip("/"))
-            found.update(dict.fromkeys(controllers.split(","), hierarchy))
-    return found
+    def find_parent(self, options: Options) -> str:
+        """Return the cgroup below which ours goes."""
+        if options.cgroup_parent:
+            if not os.path.isdir(self.top + options.cgroup_parent):
+                raise Unavailable(f"there is no {self.top}{options.cgroup_parent}", "mkdir makes a cgroup")
+            return self.top + options.cgroup_parent
+        if self.version == 1:
+            return self.own
+        level = self.own
+        while level != self.top and not is_delegated(level):
+            level = os.path.dirname(level)
+        if level != self.top:
+            # ours to divide; or a manager's such as Slurm: then ours goes beside our own, so that the limits of
+            # the job hold for the container, too. With other processes in it, it can hand nothing down.
+            place = level if level == self.own else os.path.dirname(self.own)
+            if read_file(f"{place}/cgroup.procs", "who is here").split() in ([], [str(os.getpid())]):
+                return place
+        # the root of a cgroup namespace looks like the true one, but has a type, and hands nothing down while
+        # there are processes in it: those of the container we are in
+        if os.path.exists(f"{self.top}/cgroup.type") and read_file(f"{self.top}/cgroup.procs", "who is here"):
+            raise Unavailable("the cgroup of this container has processes, so it can hand no controller down",
+                              "start the outer container with --privileged, or limit that one")  # fmt: skip
+        return self.top
 
+    def leave_for_leaf(self, options: Options, undo: "list") -> None:
+        """Move run() itself to a leaf: v2 hands controllers down only from a cgroup without processes."""
+        leaf = f"{self.own}/mydocker-run-{options.id}"
+        call("mkdir", leaf, 0o755, why="a leaf for run(): processes and controllers do not mix")
+        self.leaf = leaf
+        undo.append(self.leave_leaf)
+        write_file(f"{leaf}/cgroup.procs", "0", "move there")
 
-def start_time(pid: "int | str") -> str:
-    """Return when process `pid` started, in ticks since boot. See proc_pid_stat(5)."""
-    why = "numbers are used again: pid and start time together name one process"
-    return read_file(f"/proc/{pid}/stat", why).rpartition(")")[2].split()[19]
-
-
-def is_alive(pid: str, started: str) -> bool:
-    """Tell whether process `pid` is still the one that started then; when in doubt, it is."""
-    try:
-        return start_time(pid) == started
-    except CallError as error:
-        return error.errno not in (errno.ENOENT, errno.ESRCH)
-
-
-class Cgroups:
-    """The cgroups of one container: PARENT/mydocker/NAME.PID.STARTTIME in each hierarchy with a limit.
-
-    Two levels, because systemd rewrites its own cgroup.subtree_control at every daemon-reload. With one
-    level below it our controllers, and so the limits, would vanish without a word; with a second that
-    has them enabled the kernel refuses to take them away ("top-down constraint" in cgroup-v2.rst).
-    PID and start time are those of run(): a later run sees by them whose leftovers it may sweep.
-    Runs outside.
-    """
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.name = f"{options.name or options.id}.{os.getpid()}.{start_time('self')}"
-        self.used: "list[Hierarchy]" = []
-        # each with an open file: init writes "0" to it, and the kernel moves the writer into our cgroup
-        self.joins: "list[tuple[Hierarchy, int]]" = []
-        self.leaf = ""  # the leaf below our own cgroup, when we had to move there
-
-    def create(self) -> None:
-        """Make the cgroups, write every limit, read it back, open the files to join by. Raises Failure."""
-        found = find_hierarchies()
-        for limit in LIMITS:
-            hierarchy = found.get(limit.controller) or found.get("")
-            if hierarchy:
-                value = limit.values[hierarchy.version](self.options)
-                if value is not None:
-                    hierarchy.rows.append((limit, str(value)))
-            elif self.is_asked(limit.dest):
-                raise Unavailable(f"{limit.long}: no cgroup hierarchy is mounted")
-        wanted = [hierarchy for hierarchy in dict.fromkeys(found.values()) if hierarchy.rows]
-        if "" in found and not any(hierarchy.version == 1 for hierarchy in wanted):
-            wanted = [found[""]]  # on v2 always: so the container sees a cgroup of its own
-        if not wanted and self.is_asked("cgroup_parent"):
-            raise Unavailable("--cgroup-parent: no cgroup can be made here")
-        for hierarchy in wanted:
+    def hand_down(self, parent: str, asked: "set[str]") -> None:
+        """Make the controllers reach our cgroup: on v2 each level has to hand them down to the next."""
+        if self.version == 1:
+            if "cpuset" in self.controllers.split(","):
+                inherit_cpuset(self.directory)
+            return
+        wanted, level, problem = {row[1] for row in self.limits}, self.top, ""
+        for name in parent[len(self.top) :].split("/"):
+            level = f"{level}/{name}".rstrip("/")
+            there = read_file(f"{level}/cgroup.controllers", "which controllers are there").split()
+            handed = read_file(f"{level}/cgroup.subtree_control", "which it hands down").split()
+            missing = wanted.intersection(there).difference(handed)
             try:
-                self.build(hierarchy)
-            except Unavailable:
-                if self.is_asked("cgroup_parent", *(row[0].dest for row in hierarchy.rows)):
-                    raise
-                continue  # nobody asked for a limit, and there are none to be had
-            # v1 by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
-            path = f"{hierarchy.directory}/{'tasks' if hierarchy.version == 1 else 'cgroup.procs'}"
-            fd = call("open", path, O_WRONLY, why="init will join the cgroup by it: it sees no path to it")
-            self.joins.append((hierarchy, fd))
+                if missing:
+                    text = " ".join(f"+{controller}" for controller in sorted(missing))
+                    write_file(f"{level}/cgroup.subtree_control", text, "hand the controllers down")
+            except OSError as error:  # what counts is what has come down
+                problem = f"{level} has processes" if error.errno == errno.EBUSY else error.strerror
+        there = read_file(f"{self.directory}/cgroup.controllers", "what has come down").split()
+        lost = [row for row in self.limits if row[1] not in there]
+        if any(row[0] in asked for row in lost):
+            text = f"the {lost[0][1]} controller does not reach {parent}"
+            raise Unavailable(f"{text}: {problem}" if problem else text, "" if problem else NO_CONTROLLER)
+        self.limits = [row for row in self.limits if row[1] in there]
+
+    def set_limit(self, directory: str, name: str, file: str, value: str, asked: bool) -> None:
+        """Write one limit and read it back: a value that the kernel changed is not the one asked for."""
+        path, kind = f"{directory}/{file}", BY_NAME[name].metavar
+        try:
+            write_file(path, value, f"set {name}")
+        except FileNotFoundError:
+            if asked:
+                raise Failure(f"{name}: this kernel has no {file}") from None
+            return  # the swap limit that --memory implies, where swap is not accounted for
+        path += ".effective" if kind == "LIST" and self.version == 2 else ""
+        back = read_file(path, "read it back").strip()
+        same = back == value
+        if kind in ("SIZE", "SWAP") and back.isdecimal():  # memory is counted in whole pages
+            page = os.sysconf("SC_PAGE_SIZE")
+            same = int(value) // page == int(back) // page
+        if not same and not (kind == "LIST" and parse_list(back) == parse_list(value)):
+            raise Failure(f"{name}: the kernel set {back} instead of {value} in {path}")
 
     def hurry_join(self) -> None:
         """On v2 wait for the kernel's cgroup lock now, while init makes its mounts.
@@ -1006,231 +1086,104 @@ class Cgroups:
         let go of what it was reading; one soon after does not. So run() writes itself into the cgroup that
         it is in, which changes nothing, and init's own write goes through at once.
         """
-        for hierarchy, _ in self.joins:
-            if hierarchy.version == 2:
-                path = f"{self.leaf or hierarchy.own}/cgroup.procs"  # where it is not ours, init will wait
-                attempt(write_file, path, "0", "let the kernel get ready for init's move")
+        if self.version == 2:
+            path = f"{self.leaf or self.own}/cgroup.procs"  # where it is not ours, init will wait
+            attempt(write_file, path, "0", "let the kernel get ready for init's move")
 
-    def is_asked(self, *names: str) -> bool:
-        """Tell whether one of these options was given, and is not only a default."""
-        return not self.options.asked.isdisjoint(names)
+    def report(self) -> None:
+        """Say which limits were hit: that a child was killed is easily overlooked."""
+        values = {name: value for name, _, _, value in self.limits}
+        refused = self.read_counts("pids.events").get("max")
+        if refused and "--pids-limit" in values:
+            log.warning(f"pids limit: the kernel refused {refused} fork{'s' * (refused > 1)} "
+                        f"at the limit of {values['--pids-limit']} processes")  # fmt: skip
+        counts = self.read_counts("memory.oom_control" if self.version == 1 else "memory.events")
+        killed = counts.get("oom_kill")
+        if killed and "--memory" in values:
+            above = self.version == 2 and not counts.get("oom")  # the limit of a service, or a job
+            where = "limit of a cgroup above" if above else f"{show_size(int(values['--memory']))} limit"
+            log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the {where}; "
+                        "files in the writable layer and /dev/shm count, too: --upperdir and -v keep them on disk")  # fmt: skip
 
-    def build(self, hierarchy: Hierarchy) -> None:
-        """Make our cgroup in `hierarchy` and set its limits. Raises Unavailable, Failure, CallError."""
-        parent = self.find_parent(hierarchy)
-        if hierarchy.version == 2:
-            source = parent if self.options.rootless else hierarchy.top  # for root hand_down() enables them
-            available = read_file(f"{source}/cgroup.controllers", "which are there").split()
-            for limit, _ in hierarchy.rows:
-                if limit.controller not in available and self.is_asked(limit.dest):
-                    text = f"{limit.long}: {source} has no {limit.controller} controller (it has: "
-                    raise Unavailable(f"{text}{' '.join(available) or 'none'})", "as root there may be more")
-            hierarchy.rows = [row for row in hierarchy.rows if row[0].controller in available]
-            if parent == hierarchy.own and parent != hierarchy.top:  # the top one may hold processes
-                self.leave(parent)
-        controllers = {limit.controller for limit, _ in hierarchy.rows}
-        hierarchy.shared = f"{parent}/mydocker"
-        self.used.append(hierarchy)
-        while not hierarchy.directory:
-            self.make_directory(hierarchy)
-        if hierarchy.version == 2:
-            hand_down(controllers, hierarchy.top, hierarchy.shared)
-        elif "cpuset" in controllers:
-            inherit_cpuset(hierarchy.directory)
-        self.check_neighbours(hierarchy.shared)  # now that ours is there: two of one --name see each other
-        for limit, value in hierarchy.rows:
-            self.set_limit(limit, value, hierarchy)
-
-    def make_directory(self, hierarchy: Hierarchy) -> None:
-        """Make the shared cgroup, and ours in it: from then on no other run can remove the shared one.
-
-        `directory` stays "" when one did between the two mkdir calls; the caller tries again.
-        """
-        directory = f"{hierarchy.shared}/{self.name}"
-        try:
-            if not os.path.isdir(hierarchy.shared):
-                call("mkdir", hierarchy.shared, MODE_755, why="the cgroup above all containers")
-            call("mkdir", directory, MODE_755, why="the container's own cgroup")
-            hierarchy.directory = directory
-        except CallError as error:
-            if error.errno in NOT_OURS:
-                raise Unavailable(str(error)) from None
-            if error.errno not in (errno.EEXIST, errno.ENOENT, errno.ENODEV):
-                raise  # those: another run was faster to make the shared one, or has just removed it
-
-    def find_parent(self, hierarchy: Hierarchy) -> str:
-        """Return the cgroup below which ours goes. Raises Unavailable when none is ours to use."""
-        if self.options.cgroup_parent:
-            parent = hierarchy.top + self.options.cgroup_parent
-            if not os.path.isdir(parent):
-                raise Failure(f"--cgroup-parent: there is no {parent}", "mkdir makes a cgroup")
-            return parent
-        if hierarchy.version == 1:
-            if os.access(hierarchy.own, os.W_OK):
-                return hierarchy.own
-        elif is_delegated(hierarchy.own) and is_alone(hierarchy.own):
-            return hierarchy.own  # ours to divide
-        elif not self.options.rootless:
-            return find_managed(hierarchy) or hierarchy.top  # root need not ask
-        names = ", ".join(row[0].long for row in hierarchy.rows if self.is_asked(row[0].dest))
-        raise Unavailable(f"{names}: no cgroup here is ours to use")
-
-    def leave(self, own: str) -> None:
-        """Move run() itself to a leaf: v2 hands controllers down only from a cgroup without processes."""
-        leaf = f"{own}/mydocker-run.{os.getpid()}"
-        call("mkdir", leaf, MODE_755, why="a leaf for run(): processes and controllers do not mix")
-        self.leaf = leaf
-        write_file(f"{leaf}/cgroup.procs", "0", "move there")
-
-    def check_neighbours(self, shared: str) -> None:
-        """Refuse a --name in use, and sweep empty cgroups whose run() was killed.
-
-        At most 16 are looked at in a run, so that a crowd does not slow the start. Of two runs that
-        take one name at the same moment both may be refused; never do both go on.
-        """
-        rows = [entry.rsplit(".", 2) for entry in os.listdir(shared) if entry != self.name]
-        rows = [row for row in rows if len(row) == 3 and all(map(is_number, row[1:]))]
-        begin = os.getpid() % (len(rows) or 1)  # elsewhere in each run, so that all get their turn
-        for name, pid, started in (rows[begin:] + rows[:begin])[:16]:
-            if not is_alive(pid, started):
-                path = f"{shared}/{name}.{pid}.{started}"  # which may be in use, or swept by another run
-                attempt(call, "rmdir", path, why="sweep: the run that made it is dead")
-        for name, pid, started in rows:
-            if name and name == self.options.name and is_alive(pid, started):
-                raise Failure(f"--name {name}: in use by the container of process {pid}")
-
-    def set_limit(self, limit: Limit, value: str, hierarchy: Hierarchy) -> None:
-        """Write one limit and read it back: a value that the kernel changed is not the one asked for."""
-        file = limit.files[hierarchy.version]
-        path = f"{hierarchy.directory}/{file}"
-        if limit.dest == "memory_swappiness" and hierarchy.version == 2 and value != "0":
-            raise Failure("--memory-swappiness: cgroup v2 has none; 0 is possible: no swap")
-        if limit.controller == "cpuset":
-            above = f"{os.path.dirname(hierarchy.directory)}/{limit.files[2]}"
-            above += "" if hierarchy.version == 1 else ".effective"
-            available = read_file(above, "which are there").strip()
-            if not expand_list(value) <= expand_list(available):
-                raise Failure(f"{limit.long} {value}: not all of these exist; available: {available}")
-        try:
-            write_file(path, value, f"set {limit.long}")
-        except CallError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            if self.is_asked(limit.dest):
-                raise Failure(f"{limit.long}: this kernel has no {file}") from None
-            return  # the swap limit that --memory implies, where swap is not accounted for
-        back = read_file(path, "read it back").strip()
-        same = value == back
-        if limit.metavar == "SIZE" and back.isdecimal():
-            page = os.sysconf("SC_PAGE_SIZE")  # memory is counted in whole pages
-            same = int(value) // page == int(back) // page if value != "-1" else int(back) > 1 << 62
-        elif limit.controller == "cpuset":
-            same = expand_list(value) == expand_list(back)
-        if not same:
-            raise Failure(f"{limit.long}: the kernel set {back} instead of {value} in {path}")
-
-    def report(self, container: "Container") -> None:
-        """Say which limits were hit: that a child was killed is easily overlooked. Runs at the end."""
-        files_bytes = container.count_file_bytes()
-        for hierarchy, _ in self.joins:
-            for limit, _ in hierarchy.rows:
-                if limit.dest == "memory":
-                    self.report_memory(hierarchy, files_bytes)
-                elif limit.dest == "pids_limit":
-                    refused = read_counts(f"{hierarchy.directory}/pids.events").get("max", 0)
-                    if refused:
-                        log.warning(f"pids limit: the kernel refused {refused} fork{'s' * (refused > 1)} "
-                                    f"at the limit of {self.options.pids_limit} processes")  # fmt: skip
-
-    def report_memory(self, hierarchy: Hierarchy, files_bytes: int) -> None:
-        """Say what the kernel killed for memory."""
-        files = {1: ("memory.oom_control", "memory.max_usage_in_bytes"), 2: ("memory.events", "memory.peak")}
-        events, peak_file = files[hierarchy.version]
-        counts = read_counts(f"{hierarchy.directory}/{events}")
-        killed = counts.get("oom_kill", 0)
-        if not killed or not self.options.memory:
-            return
-        text = f"out of memory: the kernel killed {killed} process{'es' if killed > 1 else ''}"
-        if hierarchy.version == 2 and not counts.get("oom"):
-            text += " at the limit of a cgroup above"  # that of a service, or a job
-        else:
-            text += f" at the {show_size(self.options.memory)} limit"
-        peak = attempt(read_file, f"{hierarchy.directory}/{peak_file}", "how far it went")
-        if peak:  # memory.peak came with Linux 5.19
-            text += f" (peak {show_size(int(peak))})"
-        if files_bytes > self.options.memory // 4:
-            text += f"; {show_size(files_bytes)} of it are files in the writable layer and /dev/shm"
-        log.warning(text)
+    def read_counts(self, file: str) -> "dict[str, int]":
+        """Return the numbers of a file of `key value` lines; older kernels count where the process is, newer above."""
+        counts: "dict[str, int]" = {}
+        for place in ("", "/container") if self.version == 2 else ("",):
+            words = (attempt(read_file, f"{self.directory}{place}/{file}", "what happened") or "").split()
+            for key, number in zip(words[::2], words[1::2]):
+                counts[key] = max(counts.get(key, 0), int(number))
+        return counts
 
     def remove(self) -> None:
-        """Remove what create() made, even if it stopped half-way. Never raises."""
-        for hierarchy in self.used:
-            if hierarchy.directory:
-                tolerate(call, "rmdir", hierarchy.directory, why="remove the container's cgroup")
-            attempt(call, "rmdir", hierarchy.shared, why="remove the one above if we were the last")
-        if self.leaf:
-            tolerate(self.go_back)
+        """Remove what make() made, even if it stopped half-way."""
+        remove_cgroup(self.directory, self.version)
 
-    def go_back(self) -> None:
-        """Undo leave(): a cgroup that hands something down takes no process. Raises CallError."""
-        own = os.path.dirname(self.leaf)
-        handed = read_file(f"{own}/cgroup.subtree_control", "what is handed down").split()
-        if handed:
-            text = " ".join("-" + name for name in handed)
-            write_file(f"{own}/cgroup.subtree_control", text, "hand nothing down any more")
-        write_file(f"{own}/cgroup.procs", "0", "move back")
+    def leave_leaf(self) -> None:
+        """Go back to where we were: a cgroup that hands something down takes no process."""
+        handed = read_file(f"{self.own}/cgroup.subtree_control", "what is handed down").split()
+        text = " ".join(f"-{controller}" for controller in handed)
+        write_file(f"{self.own}/cgroup.subtree_control", text, "hand nothing down any more")
+        write_file(f"{self.own}/cgroup.procs", "0", "move back")
         call("rmdir", self.leaf, why="remove the leaf of run()")
 
 
-def is_delegated(cgroup: str) -> bool:
-    """Tell whether a v2 cgroup is handed to us, so that we may divide it."""
-    if os.geteuid():
-        files = ("", "cgroup.procs", "cgroup.subtree_control")
-        return all(os.access(f"{cgroup}/{file}", os.W_OK) for file in files)
-    # to root everything is writable, which proves nothing: systemd marks what it gave away by Delegate=yes,
-    # and what it gave to another user belongs to that user
-    marks = os.listxattr(cgroup)
-    return ("trusted.delegate" in marks or "user.delegate" in marks) and os.stat(cgroup).st_uid == 0
+def claim(directory: str) -> bool:
+    """Make a cgroup and lock it for as long as this process lives; tell whether it is ours. See flock(2)."""
+    while True:
+        made = True
+        try:
+            call("mkdir", directory, 0o755, why="the container's own cgroup")
+        except FileExistsError:
+            made = False
+        fd = attempt(call, "open", directory, "O_RDONLY|O_DIRECTORY|O_CLOEXEC", why="to lock it")
+        if fd is None:
+            continue  # another run has swept it at this moment
+        try:  # ours may be in the hands of a sweep just now, which we wait for
+            call("flock", fd, "LOCK_EX" if made else "LOCK_EX|LOCK_NB", why="alive is who holds the lock")
+            there = attempt(os.stat, directory)
+            if made and there and os.path.samestat(there, os.fstat(fd)):
+                return True  # the descriptor stays open, and with it the lock
+            if not made:
+                remove_cgroup(directory, 2)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno == errno.EBUSY:  # its run() was killed, its processes live on
+                return False
+            raise
+        os.close(fd)
 
 
-def is_alone(cgroup: str) -> bool:
-    """Tell whether a v2 cgroup holds nobody but us: with others, it can hand no controller down."""
-    return read_file(f"{cgroup}/cgroup.procs", "who is here").split() == [str(os.getpid())]
-
-
-def find_managed(hierarchy: Hierarchy) -> str:
-    """Return the v2 cgroup above our own if a manager such as Slurm divides it; "" if systemd itself does.
-
-    Ours goes there, beside our own, so that the limits of the job hold for the container as well, and
-    run() stays where the manager looks for it, to signal it.
-    """
-    above = level = os.path.dirname(hierarchy.own)
-    while len(level) > len(hierarchy.top):
-        if is_delegated(level):  # handed over here by systemd: what is below is the manager's
-            busy = read_file(f"{above}/cgroup.procs", "who is here")  # then it can hand nothing down
-            return "" if busy else above
-        level = os.path.dirname(level)
-    return ""
-
-
-def hand_down(controllers: "set[str]", top: str, cgroup: str) -> None:
-    """Enable v2 controllers for what is below `cgroup`: they have to be handed down from the top."""
-    level = top
-    for name in cgroup[len(top) :].split("/"):
-        level = os.path.join(level, name).rstrip("/")
-        path = f"{level}/cgroup.subtree_control"
-        missing = controllers.difference(read_file(path, "what is handed down").split())
-        if missing:
+def sweep(parent: str) -> None:
+    """Remove what killed runs have left in `parent`: a few in each run, lest a crowd slow the start."""
+    others = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
+    begin = os.getpid() % (len(others) or 1)  # elsewhere in each run, so that all get their turn
+    for entry in (others[begin:] + others[:begin])[:4]:
+        fd = attempt(os.open, f"{parent}/{entry}", os.O_RDONLY | os.O_DIRECTORY)
+        if fd is not None:
             try:
-                text = " ".join("+" + name for name in sorted(missing))
-                write_file(path, text, "hand the controllers down to the cgroups below")
-            except CallError as error:
-                if error.errno == errno.EBUSY:
-                    raise Unavailable(f"{level} has processes, so it can hand no controller down",
-                                      "--cgroup-parent names another") from None  # fmt: skip
-                if error.errno in NOT_OURS:
-                    raise Unavailable(str(error)) from None
-                raise
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_cgroup(f"{parent}/{entry}", 2)
+            except OSError:  # somebody's, or busy
+                pass
+            os.close(fd)
+
+
+def remove_cgroup(directory: str, version: int) -> None:
+    """Remove a cgroup and, on v2, the one below it."""
+    if version == 2:
+        attempt(call, "rmdir", f"{directory}/container", why="remove the cgroup of the processes")
+    call("rmdir", directory, why="remove the container's cgroup")
+
+
+def is_delegated(cgroup: str) -> bool:
+    """Tell whether a v2 cgroup was handed over to be divided: systemd marks what it gave away by Delegate=yes,
+    and what it gave to a user belongs to that user. To root everything is writable, which proves nothing.
+    """
+    if os.geteuid():
+        return all(os.access(f"{cgroup}/{file}", os.W_OK) for file in ("", "cgroup.procs", "cgroup.subtree_control"))
+    marks = {"trusted.delegate", "user.delegate"}
+    return os.stat(cgroup).st_uid == 0 and not marks.isdisjoint(os.listxattr(cgroup))
 
 
 def inherit_cpuset(cgroup: str) -> None:
@@ -1238,14 +1191,8 @@ def inherit_cpuset(cgroup: str) -> None:
     for file in ("cpuset.cpus", "cpuset.mems"):
         if not read_file(f"{cgroup}/{file}", "is it filled").strip():
             inherit_cpuset(os.path.dirname(cgroup))  # from the top down: a --cgroup-parent may be empty, too
-            above = read_file(f"{os.path.dirname(cgroup)}/{file}", "what the cgroup above has")
-            write_file(f"{cgroup}/{file}", above.strip(), "v1: an empty cpuset lets nobody in")
-
-
-def read_counts(path: str) -> "dict[str, int]":
-    """Return the numbers of a cgroup's file of `key value` lines; none when there is no such file."""
-    words = (attempt(read_file, path, "what happened") or "").split()
-    return dict(zip(words[::2], map(int, words[1::2])))
+            above = read_file(f"{os.path.dirname(cgroup)}/{file}", "what the cgroup above has").strip()
+            write_file(f"{cgroup}/{file}", above, "v1: an empty cpuset lets nobody in")
 
 
 def show_size(size: float) -> str:
@@ -1257,9 +1204,9 @@ def show_size(size: float) -> str:
     return f"{size:.1f}".replace(".0", "") + " " + units[-1]
 
 
-# ---- Root filesystem, what it has: enter_rootfs. In init, in a mount namespace of its own --------
+# ---- Root filesystem, what it has: Rootfs. In init, in a mount namespace of its own --------------
 
-DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+DEVICES = "/dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty".split()
 DEVICE_LINKS = {
     "fd": "/proc/self/fd",
     "stdin": "/proc/self/fd/0",
@@ -1272,193 +1219,391 @@ MASKED_PATHS = """/proc/acpi /proc/asound /proc/interrupts /proc/kcore /proc/key
     /proc/sched_debug /proc/scsi /proc/timer_list /proc/timer_stats /sys/firmware
     /sys/devices/virtual/powercap""".split()
 READ_ONLY_PATHS = "/proc/bus /proc/fs /proc/irq /proc/sys /proc/sysrq-trigger".split()
+CPUS = "/sys/devices/system/cpu"  # of each, thermal_throttle is masked, too
 # The container's own in every view: the host's processes, hardware, devices and sockets stay outside
 PRIVATE_PATHS = ("/proc", "/sys", "/dev", "/run")
 # Filesystems that hold no files of the host's, wherever they are mounted
 PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devpts devtmpfs
     efivarfs fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs
     tracefs""".split()
-# A mount that is covered by another, or a user's FUSE mount, which is closed even to root
-UNREACHABLE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
-SCRATCH = "/tmp"  # a directory that every host has: ours are mounted over it, in our namespace only
-TMPFS_FLAGS = MS_NOSUID | MS_NODEV
-INERT = MS_NOSUID | MS_NODEV | MS_NOEXEC  # for filesystems of which nothing is to be executed
+INERT = "MS_NOSUID|MS_NODEV|MS_NOEXEC"  # for filesystems of which nothing is to be executed
 
 
-def layer_of(options: Options) -> str:
-    """Return where the layer is in --upperdir: for its owner alone, as it may have setuid programs."""
-    return f"{options.upperdir}/layer"
+class Rootfs:
+    """The container's root filesystem. One of three; the last two are the host view:
 
+    --rootfs             its directories, under an overlay with a writable layer
+    none, as root        each filesystem of the host under such an overlay; /run is its own
+    none, without root   the host's mounts, read-only, no layer; /run and /tmp are its own
 
-class HostFiles:
-    """What the container takes from the host, as descriptors: opened before anything is covered."""
-
-    def __init__(self, options: Options) -> None:
-        host_network = options.network == "host"
-        rootfs = options.rootfs[::-1] or ["/"]  # overlay wants the topmost first
-        self.lowers = [open_path(path, "a lowerdir of the overlay", O_PATH_DIR) for path in rootfs]
-        self.filesystems = [] if options.rootfs or options.rootless else open_host_mounts()
-        self.devices = [(f"/dev/{name}", open_path(f"/dev/{name}", "for /dev inside")) for name in DEVICES]
-        names = filter(exists, ("/etc/resolv.conf", "/etc/hosts") if host_network else ())
-        volumes = [("--network host:", name, name, True) for name in names]  # before those of the user
-        volumes += [("--volume", *volume) for volume in options.volume]
-        self.volumes = [(open_path(source, f"{what} {source}"), target, read_only, f"{what} {target}")
-                        for what, source, target, read_only in volumes]  # fmt: skip
-        flags = O_PATH_DIR | O_NOFOLLOW
-        self.layer = open_path(layer_of(options), "--upperdir", flags) if options.upperdir else -1
-        self.sys = -1
-        if host_network and options.rootless:  # only the owner of a network namespace may mount its sysfs
-            self.sys = open_path("/sys", "the host's, as is the network")
-
-
-def enter_rootfs(options: Options) -> None:
-    """Assemble the container's root, make it "/", let go of the host's. See pivot_root(2).
-
-    What is needed of the host is opened before anything is covered; everything inside is made only
-    after the root is entered, where absolute symlinks cannot lead out.
-
-    pivot_root(".", ".") takes the directory we stand in for both arguments: it becomes the root, and the
-    old root is stacked on top of it. A path from "/" starts at the new one, underneath; only "/.." would
-    climb onto the old. It stays there because the binds come from it, and goes last: umount2(".") follows
-    "." up to what is mounted on top.
-
-    The root is one of three. The last two are the host view:
-        --rootfs             its directories, under an overlay with a writable layer
-        none, as root        each filesystem of the host under such an overlay; /run is its own
-        none, without root   the host's mounts, bound and read-only, no layer; /run and /tmp are its own
+    What is wanted of the host is cloned first. A clone is a mount that is attached nowhere yet; it gets its
+    flags while nobody can see it, and is attached to a descriptor, not to a name: there is no moment and no
+    rename in which it could be without them, or somewhere else.
     """
-    host = HostFiles(options)
-    scratch = os.path.realpath(SCRATCH)  # later on an absolute symlink would lead into the new root
-    layer = mount_new_root(options, host)
-    call("chdir", SCRATCH, why="stand in the new root")
-    why = 'the new root becomes "/"; the old one is mounted on top of it, until umount2'
-    call("pivot_root", ".", ".", why=why)
-    mount_proc()
-    mount_dev(options, host.devices)
-    mount_sys(options, host.sys)
-    overlays = [mount_host_filesystem(path, fd, layer, options) for path, fd in host.filesystems]
-    if not options.rootfs:
-        place = at(open_mount_point("/run"))
-        mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=755", "the host's has sockets")
-        if options.rootless:
-            place = at(open_mount_point("/tmp"))
-            mount("tmpfs", place, "tmpfs", TMPFS_FLAGS, "mode=1777", "a writable place")
-    if layer >= 0:  # not before: overlay takes no upperdir of a filesystem that is not mounted
-        why = "uncover the host's: a volume may come from there"
-        call("umount2", f"/..{scratch}", MNT_DETACH, why=why)
-    mount_volumes(options, host.volumes)
-    call("umount2", ".", MNT_DETACH, why="let go of the old root: no path leads to it any more")
-    if not os.path.samestat(os.stat("/.."), os.stat("/")):
-        raise Failure("the old root is still there")
-    if options.read_only and layer >= 0:  # last: mount points were made there; no layer: it is read-only
-        flags = MS_REMOUNT | MS_BIND | MS_RDONLY | nodev(options)
-        for place in ["/", *[at(fd) for fd in overlays if fd >= 0]]:
-            mount(None, place, None, flags, None, "--read-only: the root alone; volumes keep their own flags")
-    if not options.privileged:
-        mask_paths()
 
+    def __init__(self, options: Options, cgroups: "list[Cgroup]") -> None:
+        self.options, self.cgroups = options, cgroups
+        self.bound = options.rootless and not options.rootfs
+        # wherever a device node could be made
+        self.nodev = "0" if options.privileged else "MS_NODEV"
+        self.nodev_attribute = "" if options.privileged else "MOUNT_ATTR_NODEV"
+        self.top = self.layer = -1
+        self.overlays: "list[int]" = []
+        self.cgroup_places: "list" = []  # (cgroup, where to mount it)
+        # what furnish() attaches: (why, target, clone or flags of a tmpfs, options of a tmpfs)
+        self.mounts: "list" = [(f"--tmpfs {row[0]}", *row) for row in options.tmpfs]
 
-def mount_new_root(options: Options, host: HostFiles) -> int:
-    """Mount the root-to-be on SCRATCH; return a descriptor of its writable layer's directory, -1 for none.
+    def enter(self) -> None:
+        """Assemble the root, make it "/", let go of the host's, fill in /dev.
 
-    Two mounts on one place: the overlay covers the tmpfs, which only that descriptor still reaches.
-    """
-    if options.is_bound_view():
-        why = "the host's root with all that is mounted below: overlay would show what mounts cover"
-        mount("/", SCRATCH, None, MS_BIND | MS_REC, None, why)
-        fd = open_path(SCRATCH, "the new root")
-        mount_setattr(fd, MS_RDONLY | MS_NODEV, "all of it")
-        os.close(fd)
+        The new root is mounted over "/", which every host has. That covers nothing from us: a path still
+        begins below it; "/.." is the one that climbs on top. pivot_root(".", ".") takes the directory we stand
+        in for both arguments: it becomes the root, and the old root is stacked on top of it, for umount2(".")
+        to find. See pivot_root(2).
+        """
+        refuse_chroot()
+        options = self.options
+        for target, source, flags in options.volume:
+            flags = "|".join(filter(None, (flags, self.nodev_attribute)))
+            clone = clone_tree(source, f"--volume {source}", flags)
+            self.mounts.append((f"--volume {source}:{target}", target, clone, ""))
+        host_sys = -1
+        if options.rootless and options.network == "host":  # only the owner of a network namespace may mount its sysfs
+            host_sys = clone_tree("/sys", "the host's, as is the network", "MOUNT_ATTR_RDONLY")
+        if not self.bound:
+            flags = "MS_NOSUID|MS_NODEV" if options.rootless else "MS_NOSUID"  # root makes the devices there
+            mount("tmpfs", "/", "tmpfs", flags, "mode=700", "memory for what is written: it goes with the container")
+            self.layer = open_path("/..", "what was mounted over the root", "O_DIRECTORY|")
+        devices = [self.clone_device(path) for path in DEVICES]
+        for target, source in options.device:
+            self.mounts.append((f"--device {source}", target, self.clone_device(source), ""))
+        if self.bound:
+            self.mount_bound_view()
+        else:
+            self.mount_overlays()
+        place = open_inside("/proc", "/proc in the rootfs", "dir", self.top, "RESOLVE_NO_SYMLINKS")
+        mount("proc", at(place), "proc", INERT, None, "the processes of the new pid namespace")
+        place = open_inside("/sys", "/sys in the rootfs", "dir", self.top, "RESOLVE_NO_SYMLINKS")
+        if host_sys >= 0:
+            attach(host_sys, place, "the host's, as is the network")
+        else:
+            flags = INERT if options.privileged else INERT + "|MS_RDONLY"
+            mount("sysfs", at(place), "sysfs", flags, None, "devices as the network namespace has them")
+        call("fchdir", self.top, why="stand in the new root")
+        call("pivot_root", ".", ".", why='the new root becomes "/"; the old one is on top of it, until umount2')
+        # not before: in a user namespace the kernel mounts proc and sysfs only while it sees the host's
+        if not self.bound:
+            call("umount2", ".", "MNT_DETACH", why="let go of the layer's tmpfs, which lies on the old root")
+        call("umount2", ".", "MNT_DETACH", why="let go of the old root: no path leads to it any more")
+        call("chdir", "/", why="in the new root")
+        self.mount_dev(devices)
+        for path, mode in (("/run", "755"), ("/tmp", "1777")) if not options.rootfs else ():
+            if path == "/run" or self.bound:
+                place = open_inside(path, "in place of the host's", "dir", how="RESOLVE_NO_SYMLINKS")
+                mount("tmpfs", at(place), "tmpfs", "MS_NOSUID|MS_NODEV", f"mode={mode}", "in place of the host's")
+        if not options.rootfs:
+            call("mkdir", "/run/lock", 0o1777, why="where Debian's /var/lock leads to")
+        self.place_cgroups()
+
+    def clone_device(self, path: str) -> int:
+        """Return a clone of a device node of the host's.
+
+        As root it is a node of our own, on a tmpfs that may have them, so that chmod and chown inside do not
+        reach the host's. Without root none can be made; there the host's belong to somebody else.
+        """
+        status = os.stat(path)
+        if not stat.S_ISCHR(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+            raise Failure(f"--device {path}: it is no device")
+        if self.options.rootless:
+            return clone_tree(path, "for /dev inside")
+        node = f"{at(self.layer)}/{path.replace('/', '%')}"
+        if not os.path.lexists(node):
+            mode = stat.S_IFCHR | 0o666 if path in DEVICES else status.st_mode
+            call("mknod", node, mode, status.st_rdev, why=f"for {path} inside: a node of its own")
+            if path not in DEVICES:
+                call("chown", node, status.st_uid, status.st_gid, why="as the host's")
+        return clone_tree(node, f"for {path} inside")
+
+    def mount_bound_view(self) -> None:
+        """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them.
+
+        In a user namespace they hang together: what is not to be seen cannot be left out, but covered.
+        """
         log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
-        return -1
-    why = "memory for what is written: it goes with the container"
-    mount("tmpfs", SCRATCH, "tmpfs", TMPFS_FLAGS, "mode=700", why)
-    layer = host.layer if options.upperdir else open_path(SCRATCH, "the writable layer", O_PATH_DIR)
-    why = f"the new root: {'the rootfs' if options.rootfs else 'the host'} with a writable layer"
-    mount_overlay(host.lowers, layer, "", SCRATCH, options, why)
-    return layer
-
-
-def open_in_root(path: str, why: str, create: str = "") -> int:
-    """Return an O_PATH descriptor for `path`, every symlink resolved inside the container's root.
-
-    `create` is "dir" or "file" to make what is missing. The kernel follows no link here: each
-    component is opened with O_NOFOLLOW and a link's text is walked in its place, so neither image
-    nor volume can lead a mount elsewhere; a magic link of /proc (/proc/self/root, an open
-    descriptor) is refused. openat2(2) with RESOLVE_IN_ROOT walks so in one call, from Linux 5.6, but
-    makes nothing that is missing. See path_resolution(7). Runs in init, after pivot_root. Raises
-    CallError, Failure.
-    """
-    stack = [open_path("/", why, O_PATH_DIR)]
-    inside = f"{why}: {path} in the container"
-    proc, links = os.stat("/proc").st_dev, 0
-    names = path.split("/")[::-1]
-    try:
-        while names:
-            name = names.pop()
-            if name == ".." and len(stack) > 1:
-                os.close(stack.pop())
-            if name in ("", ".", ".."):
+        rows = list(read_mountinfo())
+        clone = clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV")
+        attach(clone, open_path("/", "the root"), "over the old root")
+        self.top = open_path("/..", "the new root, mounted over the old", "O_DIRECTORY|")
+        devices = {point: device for _, device, _, point, *_ in rows}
+        for _, device, root, point, fstype, _ in rows:
+            # of the host's /run, be it a filesystem of its own or a directory
+            is_run = device == devices.get("/run") or device == devices["/"] and is_below(root, ("/run",))
+            if is_below(point, (*PRIVATE_PATHS, "/tmp")) or fstype not in PSEUDO_FILESYSTEMS and not is_run:
                 continue
-            kind = "dir" if create and any(names) else create  # only the last can be a file
-            stack.append(open_component(name, inside, stack[-1], kind))
-            status = os.fstat(stack[-1])
-            if stat.S_ISLNK(status.st_mode):
-                links += 1
-                if links > 40:
-                    raise Failure(f"{why}: {path}: a loop of symlinks")
-                # these four are text; every other link of /proc leads where no path was walked
-                if status.st_dev == proc and name not in ("self", "thread-self", "mounts", "net"):
-                    raise Failure(f"{why}: {path} leads through a magic link of /proc: refused")
-                text = os.readlink("", dir_fd=stack[-1])
-                keep = 1 if text.startswith("/") else len(stack) - 1
-                while len(stack) > keep:
-                    os.close(stack.pop())
-                names += text.split("/")[::-1]
-        return stack.pop()
-    finally:
-        for fd in stack:
+            why = f"cover the host's {point}"  # another proc, a bind of something in /run
+            place = attempt(open_inside, point, why, "", self.top, "RESOLVE_NO_SYMLINKS")
+            if place and stat.S_ISDIR(os.fstat(place).st_mode):
+                mount("tmpfs", at(place), "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", why)
+            elif place:
+                attach(clone_tree("/dev/null", why), place, why)
+
+    def mount_overlays(self) -> None:
+        """Make the root-to-be: an overlay of the rootfs, or of each filesystem of the host."""
+        options = self.options
+        filesystems = [] if options.rootfs else open_host_mounts()
+        # overlay wants the topmost first
+        lowers = [open_path(path, f"--rootfs {path}", "O_DIRECTORY|") for path in options.rootfs[::-1] or ["/"]]
+        layer = self.layer
+        if options.upperdir:
+            layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
+            if not os.path.samestat(os.fstat(layer), os.fstat(options.layer_lock)):
+                raise Failure(f"--upperdir {options.upperdir}: its layer was exchanged meanwhile: refused")
+        self.mount_overlay(lowers, layer, "", "/")
+        self.top = open_path("/..", "the new root, mounted over the old", "O_DIRECTORY|")
+        self.overlays = [self.top]
+        for path, lower in filesystems:
+            self.show_filesystem(path, lower, layer)
+
+    def show_filesystem(self, path: str, lower: int, layer: int) -> None:
+        """Show a filesystem of the host like its root, or read-only, or, where neither can be, not at all."""
+        why = f"the host's {path}"
+        try:
+            target = open_inside(path, why, "", self.top, "RESOLVE_NO_SYMLINKS")
+            try:
+                self.mount_overlay([lower], layer, path.replace("%", "%25").replace("/", "%2F"), at(target))
+                self.overlays.append(open_inside(path, why, "", self.top, "RESOLVE_NO_SYMLINKS"))
+            except OSError as error:  # a file, or of a filesystem that overlay does not take, such as FAT
+                if error.errno not in (errno.EINVAL, errno.ENOTDIR, errno.ENAMETOOLONG):  # too long: the suffix
+                    raise
+                flags = "|".join(filter(None, ("MOUNT_ATTR_RDONLY", self.nodev_attribute)))
+                attach(clone_tree(at(lower), why, flags, "0"), target, why)
+        except OSError as error:
+            if error.errno not in UNSHOWABLE:
+                raise
+            log.warning(f"the host's {path} cannot be shown inside: {os.strerror(error.errno)}")
+
+    def mount_overlay(self, lowers: "list[int]", layer: int, suffix: str, target: str) -> None:
+        """Mount on `target` the directories `lowers`, topmost first, with a writable layer in `layer`.
+
+        `lowers` are never changed; what is written goes to upperdir; workdir, beside that, is where overlay
+        prepares a file before it moves it there. All are named through descriptors, so no name can bring in
+        an option of its own. See overlayfs.rst of the kernel.
+        """
+        places = []
+        for name in ("upper" + suffix, "work" + suffix):
+            path = f"{at(layer)}/{name}"
+            try:
+                call("mkdir", path, 0o700, why="a directory for the overlay")
+                if name.startswith("upper"):  # the merged root has the owner and the mode of upperdir
+                    self.copy_owner(os.stat(at(lowers[0])), path)
+            except FileExistsError:
+                pass  # of an earlier run with this --upperdir
+            places.append(open_path(path, "for the overlay", "O_DIRECTORY|O_NOFOLLOW|"))
+        if not suffix:
+            self.write_names(at(places[0]), lowers)
+        data = f"xino=on,lowerdir={':'.join(map(at, lowers))},upperdir={at(places[0])},workdir={at(places[1])}"
+        if self.options.rootless:
+            data += ",userxattr"  # overlay marks files by xattrs; trusted.* needs root outside
+        mount("overlay", target, "overlay", self.nodev, data, "a writable layer over what is never changed")
+        for fd in places:
             os.close(fd)
 
+    def copy_owner(self, status: os.stat_result, path: str) -> None:
+        """Give `path` the mode of `status` and, where that can be, its owner."""
+        if not self.options.rootless:
+            call("chown", path, status.st_uid, status.st_gid, why="as the one below")
+        call("chmod", path, stat.S_IMODE(status.st_mode), why="as the one below")
 
-def open_target(path: str, create: str, options: Options, why: str) -> int:
-    """Return a descriptor, as open_in_root() does, for a place that may be mounted on.
+    def write_names(self, upper: str, lowers: "list[int]") -> None:
+        """Put /etc/hosts, hostname and resolv.conf of the container's own into its layer, before it is one.
 
-    The root may not: the old root is still stacked there; the mount would land on top of it, and be
-    what umount2() then detaches in place of the old root. Refused, too: /proc, for what we read
-    there must come from the kernel; /sys/fs/cgroup, which is mounted later; and /dev, /dev/null and all in
-    /dev/pts, by which we and run() open null and the terminal (--privileged without -t allows these).
+        There they replace what the image has, even a link that leads nowhere; where that cannot be, it stays.
+        """
+        options = self.options
+        texts = {"hostname": options.hostname + "\n", "resolv.conf": "",
+                 "hosts": f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost ip6-localhost\n"}  # fmt: skip
+        for name in texts if options.network == "host" else ():
+            texts[name] = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
+        texts["hosts"] += "".join(line + "\n" for line in options.add_host)
+        etc = f"{upper}/etc"
+        below = next(filter(None, (attempt(os.lstat, f"{at(lower)}/etc") for lower in lowers)), None)
+        try:
+            if not os.path.lexists(etc) and (not below or stat.S_ISDIR(below.st_mode)):
+                call("mkdir", etc, 0o755, why="the layer's part of /etc")
+                if below:
+                    self.copy_owner(below, etc)
+            if not stat.S_ISDIR(os.lstat(etc).st_mode):  # a link, which would lead out
+                return
+            for name, text in texts.items():
+                if os.path.lexists(f"{etc}/{name}"):
+                    os.unlink(f"{etc}/{name}")  # an earlier run's, with --upperdir
+                create_file(f"{etc}/{name}", text)
+        except OSError:
+            pass
+
+    def mount_dev(self, devices: "list[int]") -> None:
+        """Mount /dev: harmless devices, and a devpts of its own. See pts(4)."""
+        place = open_inside("/dev", "/dev in the rootfs", "dir", how="RESOLVE_NO_SYMLINKS")
+        mount("tmpfs", at(place), "tmpfs", f"MS_NOSUID|MS_STRICTATIME|{self.nodev}", "mode=755,size=64m",
+              "no device of the host")  # fmt: skip
+        for name, text in DEVICE_LINKS.items():
+            call("symlink", text, f"/dev/{name}", why="programs expect it")
+        for name in ("pts", "shm", "mqueue"):
+            call("mkdir", f"/dev/{name}", 0o755, why="where to mount it")
+        data = "newinstance,ptmxmode=0666,mode=0620" + ("" if self.options.rootless else ",gid=5")  # tty
+        mount("devpts", "/dev/pts", "devpts", "MS_NOSUID|MS_NOEXEC", data, "terminals of its own, from 0 on")
+        data = f"mode=1777,size={self.options.shm_size}"
+        mount("shm", "/dev/shm", "tmpfs", INERT, data, "POSIX shared memory")
+        mount("mqueue", "/dev/mqueue", "mqueue", INERT, None, "POSIX queues of the ipc namespace")
+        for path, clone in zip(DEVICES, devices):
+            create_file(path, "")
+            attach(clone, open_path(path, "where the device goes"), f"the device {path}")
+
+    def place_cgroups(self) -> None:
+        """Open where the cgroups go: init mounts them when it has joined, but volumes may be on /sys by then."""
+        top = "/sys/fs/cgroup"
+        place = attempt(open_path, top, "where the cgroups go")
+        if place is None:
+            return
+        if [cgroup.version for cgroup in self.cgroups] == [2]:
+            self.cgroup_places = [(self.cgroups[0], place)]
+            return
+        # also where there is none: it hides the host's, which --network host shows without root
+        mount("tmpfs", at(place), "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
+        self.cgroup_places = [(None, open_path(top, "a place for each hierarchy"))]
+        for cgroup in self.cgroups:
+            names = cgroup.controllers or "unified"  # v2 beside v1
+            call("mkdir", f"{top}/{names}", 0o755, why="where to mount it")
+            self.cgroup_places.append((cgroup, open_path(f"{top}/{names}", "where to mount it")))
+            for name in names.split(",") if "," in names else ():
+                call("symlink", names, f"{top}/{name}", why="as on the host")
+        set_attributes(self.cgroup_places[0][1], "MOUNT_ATTR_RDONLY", "it is complete", "0")
+
+    def mask(self) -> None:
+        """Hide what tells of the host, freeze what would change the one kernel that all share."""
+        if self.options.privileged:
+            return
+        throttles = [f"{CPUS}/{name}/thermal_throttle" for name in os.listdir(CPUS) if name[3:].isdigit()] if exists(CPUS) else []
+        for path in filter(exists, MASKED_PATHS + throttles):
+            if stat.S_ISDIR(os.stat(path).st_mode):
+                mount("tmpfs", path, "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", "hide this directory")
+            else:
+                attach(clone_tree("/dev/null", "hide a file"), open_path(path, f"hide {path}"), f"hide {path}")
+        flags = "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NOSUID|MOUNT_ATTR_NODEV|MOUNT_ATTR_NOEXEC"
+        for path in filter(exists, READ_ONLY_PATHS):
+            why = f"make {path} read-only"
+            attach(clone_tree(path, why, flags), open_path(path, why), why)
+
+    def furnish(self) -> None:
+        """Mount what --tmpfs and --volume ask for, parents first. The command's terminal is open by now."""
+        for why, target, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
+            is_clone = isinstance(source, int)
+            is_file = is_clone and not stat.S_ISDIR(os.fstat(source).st_mode)
+            found = attempt(open_inside, target, why)
+            place = found or open_inside(target, why, "file" if is_file else "dir")
+            status = os.fstat(place)
+            # on top of "/" umount2 would find it; what we read in /proc must come from the kernel
+            ours = [os.stat("/"), *[os.fstat(fd) for _, fd in self.cgroup_places]]
+            if status.st_dev == os.stat("/proc").st_dev or any(os.path.samestat(status, one) for one in ours):
+                raise Failure(f"{why}: it is the root, /sys/fs/cgroup or in /proc, in the container: refused")
+            if is_clone:
+                attach(source, place, f"{why} at {target}")
+                continue
+            if "mode=" not in data:
+                mode = stat.S_IMODE(status.st_mode) if found else 0o1777
+                data = ",".join(filter(None, (data, f"mode={mode:o}")))
+            flags = source if self.nodev in source else f"{source}|{self.nodev}"
+            mount("tmpfs", at(place), "tmpfs", flags, data, why)
+
+    def freeze(self) -> None:
+        """Make the root read-only, if it is to be: the root alone, not what is mounted below it."""
+        for fd in self.overlays if self.options.read_only else ():
+            set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only", "0")
+
+
+def refuse_chroot() -> None:
+    """Refuse to start in a chroot: pivot_root would change its root, and leave the true one above.
+
+    ".." ends at a process's root, unless it stands outside of that: so go below, and climb. See chroot(2).
     """
-    fd = open_in_root(path, why, create)
-    status = os.fstat(fd)
-    places, filesystems = ["/", "/sys/fs/cgroup"], ["/proc"]
-    if options.tty or not options.privileged:
-        places, filesystems = [*places, "/dev", "/dev/null"], ["/proc", "/dev/pts"]
-    is_ours = any(os.path.samestat(status, os.stat(place)) for place in filter(exists, places))
-    if is_ours or status.st_dev in [os.stat(place).st_dev for place in filesystems]:
-        os.close(fd)
-        raise Failure(f"{why}: {path} in the container is the root, /dev, /dev/null, /sys/fs/cgroup, "
-                      "or in /proc or /dev/pts: refused")  # fmt: skip
-    return fd
+    root, here = open_path("/", "is there something above"), open_path(".", "to come back")
+    call("chroot", "/proc", why="from below the root ...")
+    call("fchdir", root, why="... to the root, and ...")
+    call("chdir", "..", why="... up from there: nobody can, where it is the true root")
+    is_top = os.path.samestat(os.stat("."), os.fstat(root))
+    call("fchdir", root, why="put everything back")
+    call("chroot", ".", why="the root as it was")
+    call("fchdir", here, why="where we were")
+    os.close(root)
+    os.close(here)
+    if not is_top:
+        raise Failure("this is a chroot, whose inside could be left for the true root above: refused",
+                      "unshare --mount, mount --bind the chroot on itself, and pivot_root into it")  # fmt: skip
 
 
-def open_component(name: str, why: str, dir_fd: "int | None", create: str) -> int:
-    """Return an O_PATH descriptor for `name` in the directory `dir_fd`, following no link."""
+def open_path(path: str, why: str, flags: str = "") -> int:
+    """Return an O_PATH descriptor: it names the place from now on, whatever becomes of the name."""
+    return int(call("open", path, flags + "O_PATH|O_CLOEXEC", why=why))
+
+
+def clone_tree(path: str, why: str, flags: str = "", recursive: str = "AT_RECURSIVE") -> int:
+    """Return a copy of the mount that `path` is in, from `path` on with all mounts below; attached nowhere yet.
+
+    See open_tree(2).
+    """
+    fd = call("open_tree", "AT_FDCWD", path, f"OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC|{recursive}", why=why)
+    if flags:
+        set_attributes(fd, flags, why, recursive)
+    return int(fd)
+
+
+def set_attributes(fd: int, flags: str, why: str, recursive: str) -> None:
+    """Add flags to the mount behind `fd`, and to all below it. See mount_setattr(2)."""
+    attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)  # struct mount_attr: set, clear, propagation, userns
+    why = f"{why} ({flags})"
+    call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes), why=why)
+
+
+def attach(clone: int, place: int, why: str) -> None:
+    """Attach what clone_tree() returned to what `place` refers to; close both. See move_mount(2)."""
+    call("move_mount", clone, "", place, "", "MOVE_MOUNT_F_EMPTY_PATH|MOVE_MOUNT_T_EMPTY_PATH", why=why)
+    os.close(clone)
+    os.close(place)
+
+
+def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_FDCWD", how: str = "") -> int:
+    """Return an O_PATH descriptor for `path`, every symlink resolved inside the root, or refused.
+
+    `create` is "dir" or "file" to make what is missing; `root` is the root-to-be, later we stand in "/". A
+    magic link of /proc (/proc/self/root, an open descriptor) is refused: neither image nor volume can lead a
+    mount elsewhere. `how` is for a path that has no symlink to follow. See openat2(2).
+    """
+    resolve = value_of("RESOLVE_IN_ROOT|" + (how or "RESOLVE_NO_MAGICLINKS"))
+    open_how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, resolve)  # flags, mode, resolve
     try:
-        return open_path(name, why, O_PATH | O_NOFOLLOW, dir_fd)
-    except CallError as error:
-        if error.errno != errno.ENOENT or not create:
+        return int(call("openat2", root, path, open_how, len(open_how), why=f"{why}: {path} in the container"))
+    except FileNotFoundError:
+        if not create:
             raise
-    if create == "dir":
-        call("mkdir", name, MODE_755, dir_fd=dir_fd, why=f"{why}: it is missing")
-    else:
-        create_file(name, f"{why}: it is missing", dir_fd)
-    return open_path(name, why, O_PATH | O_NOFOLLOW, dir_fd)
+    above, name = os.path.split(path.rstrip("/"))
+    fd = open_inside(above or "/", why, "dir", root, how)
+    missing = f"{at(fd)}/{name}"
+    if os.fstat(fd).st_dev == os.stat("/proc").st_dev:
+        raise Failure(f"{why}: {path} leads into /proc, where nothing can be made")
+    link = attempt(os.readlink, missing)  # one that leads to what is missing
+    if link is None and create == "dir":
+        call("mkdir", missing, 0o755, why=f"{why}: {path} is missing in the container")
+    elif link is None:
+        create_file(missing, "", f"{why}: {path} is missing in the container")
+    os.close(fd)
+    return open_inside(os.path.join(above, link or name), why, create, root, how)
 
 
-def create_file(path: str, why: str, dir_fd: "int | None" = None) -> None:
-    """Create an empty file for something to be mounted on."""
-    os.close(call("open", path, O_CREATE, MODE_644, why=why, dir_fd=dir_fd))
+def create_file(path: str, text: str, why: str = "a file of the container's own") -> None:
+    """Create a file, which is not there yet."""
+    fd = call("open", path, "O_WRONLY|O_CREAT|O_EXCL|O_CLOEXEC", 0o644, why=why)
+    os.write(fd, text.encode(errors="surrogateescape"))
+    os.close(fd)
 
 
 def exists(path: str) -> bool:
@@ -1470,257 +1615,52 @@ def exists(path: str) -> bool:
     return True
 
 
-def open_mount_point(path: str) -> int:
-    """Return a descriptor for a directory such as /proc in the new root; a symlink there is refused.
-
-    close_all() closes it at the latest.
-    """
-    fd = open_component(path, "where to mount", None, "dir")
-    if not stat.S_ISDIR(os.fstat(fd).st_mode):
-        raise Failure(f"{path} in the rootfs is not a directory (a symlink?): refused")
-    return fd
+# Why a mount of the host's cannot be shown: covered by another, deleted, a user's FUSE, its server is dead
+COVERED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+UNSHOWABLE = (*COVERED, errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EINVAL)
 
 
-def mount_setattr(fd: int, flags: Flag, why: str) -> None:
-    """Add MS_RDONLY, MS_NODEV to the mount behind `fd` and to all below it. See mount_setattr(2)."""
-    # struct mount_attr: set, clear, propagation, userns; MOUNT_ATTR_* have the values of MS_* for these
-    attributes = struct.pack("4Q", flags, 0, 0, 0)
-    try:
-        why = f"{why} ({flags!r})"
-        where = AT_EMPTY_PATH | AT_RECURSIVE
-        call("mount_setattr", fd, "", where, attributes, len(attributes), why=why)
-    except CallError as error:
-        if error.errno != errno.ENOSYS:
-            raise
-        remount_each(fd, flags, why)
-
-
-def remount_each(fd: int, flags: Flag, why: str) -> None:
-    """Do the work of mount_setattr before Linux 5.12: remount what is below one by one.
-
-    Each keeps the flags that it has: in a user namespace those of the host's mounts are locked, and a
-    remount without one of them is refused with EPERM.
-    """
-    words = dict(MOUNT_WORDS, noatime=MS_NOATIME, nodiratime=MS_NODIRATIME, relatime=MS_RELATIME)
-    below = {mount_id(fd)}
-    for number, parent, _, point, options, _, _ in read_mountinfo():
-        if number in below or parent in below:
-            below.add(number)
-            try:
-                place = open_path(point, why)
-            except CallError as error:
-                if error.errno not in UNREACHABLE:
-                    raise
-                continue  # covered, or beyond a directory that neither we nor the container may enter
-            if mount_id(place) == number:  # else it is covered by another, where nobody can reach it
-                kept = {words[word] for word in options.split(",") if word in words}
-                if kept.isdisjoint((MS_NOATIME, MS_RELATIME)):
-                    kept.add(MS_STRICTATIME)
-                mount(None, at(place), None, MS_REMOUNT | MS_BIND | flags | union(kept), None, why)
-            os.close(place)
-
-
-def mount_id(fd: int) -> int:
-    """Return the number that mountinfo gives the mount behind `fd`. See proc_pid_fdinfo(5)."""
-    text = read_file(f"/proc/self/fdinfo/{fd}", "which mount is this")
-    return int(text.partition("mnt_id:")[2].split()[0])
-
-
-def mount_overlay(
-    lowers: "list[int]", layer: int, suffix: str, target: str, options: Options, why: str
-) -> None:
-    """Mount on `target` the directories `lowers`, topmost first, with a writable layer in `layer`.
-
-    `lowers` are overlay's lowerdirs, which are never changed; what is written goes to its upperdir,
-    upper + `suffix` in `layer`; its workdir, beside that, is where it prepares a file before it moves it
-    there. All are named through descriptors, so no name can bring in an option of its own. See
-    overlayfs.rst of the kernel.
-    """
-    upper_and_work = []
-    for name in ("upper" + suffix, "work" + suffix):
-        path = f"{at(layer)}/{name}"
-        if not os.path.isdir(path):
-            call("mkdir", path, MODE_700, why="a directory for the overlay")
-            if name.startswith("upper"):  # the merged root has the owner and the mode of upperdir
-                status = os.stat(at(lowers[0]))
-                mode = stat.S_IMODE(status.st_mode)
-                if not options.rootless:
-                    call("chown", path, status.st_uid, status.st_gid, why="as the one below")
-                call("chmod", path, Flag(f"0{mode:o}", mode), why="as the one below")
-        upper_and_work.append(open_path(path, "for the overlay", O_PATH_DIR | O_NOFOLLOW))
-    upper, work = upper_and_work
-    data = f"lowerdir={':'.join(map(at, lowers))},upperdir={at(upper)},workdir={at(work)}"
-    if options.rootless:
-        data += ",userxattr"  # overlay marks files by xattrs; trusted.* needs root outside
-    try:
-        mount("overlay", target, "overlay", nodev(options), data, why)
-    finally:
-        os.close(upper)
-        os.close(work)
-
-
-def nodev(options: Options) -> Flag:
-    """Return MS_NODEV unless --privileged: for every mount on which a device node could be made."""
-    return NO_FLAGS if options.privileged else MS_NODEV
+def read_mountinfo():  # type: ignore[no-untyped-def]
+    """Yield (id, device, root, mount point, type, options of the type) of each mount. See proc_pid_mountinfo(5)."""
+    for line in read_file("/proc/self/mountinfo", "read the table of mounts").rstrip("\n").split("\n"):
+        number, _, device, *paths = line.split(" ")
+        # \040 is a space; splitlines() would also split at what a name may have
+        root, point = (os.fsdecode(os.fsencode(path).decode("unicode_escape").encode("latin-1")) for path in paths[:2])
+        fstype, _, words = paths[paths.index("-") + 1 :][:3]
+        yield number, device, root, point, fstype, words
 
 
 def open_host_mounts() -> "list[tuple[str, int]]":
     """Return (path, descriptor) of each filesystem below / that holds files, parents first."""
-    found = []
-    for number, _, _, point, _, fstype, _ in sorted(read_mountinfo(), key=lambda row: row[3]):
+    found, top = [], open_path("/", "the host's root")
+    for number, _, _, point, fstype, _ in sorted(read_mountinfo(), key=lambda row: row[3]):
         if point == "/" or fstype in PSEUDO_FILESYSTEMS or is_below(point, PRIVATE_PATHS):
             continue
         try:
-            fd = open_path(point, "a filesystem of the host")
-            if mount_id(fd) == number:  # else it is covered by another mount, which may be the host's proc
-                mode = os.stat(at(fd)).st_mode
-                if stat.S_ISDIR(mode) or stat.S_ISREG(mode):  # a socket would be one of the host's inside
-                    found.append((point, fd))
+            fd = open_inside(point, "a filesystem of the host", "", top, "RESOLVE_NO_SYMLINKS")
+            mode = os.stat(at(fd)).st_mode
+            # it may be covered by another mount, even by the host's proc; a socket would be one of the host's
+            if mount_id(at(fd)) == number and (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                found.append((point, fd))
         except OSError as error:
-            if error.errno in (errno.ENOTCONN, errno.ESTALE, errno.EIO):  # its server or disk is dead
-                log.warning(f"the host's {point} cannot be shown inside: {error.strerror}")
-            elif error.errno not in UNREACHABLE:
+            if error.errno not in UNSHOWABLE:
                 raise
+            if error.errno not in COVERED:
+                log.warning(f"the host's {point} cannot be shown inside: {os.strerror(error.errno)}")
     return found
+
+
+def mount_id(path: str) -> str:
+    """Return the number that mountinfo gives the mount that `path` is in. See proc_pid_fdinfo(5)."""
+    fd = open_path(path, "which mount is this")
+    text = read_file(f"/proc/self/fdinfo/{fd}", "which mount is this")
+    os.close(fd)
+    return text.partition("mnt_id:")[2].split()[0]
 
 
 def is_below(path: str, places: "tuple[str, ...]") -> bool:
     """Tell whether `path` is one of `places` or somewhere below one."""
     return any((path + "/").startswith(place + "/") for place in places)
-
-
-def mount_host_filesystem(path: str, lower: int, layer: int, options: Options) -> int:
-    """Show a filesystem of the host like its root: with a writable layer, else read-only.
-
-    Return a descriptor of the overlay; -1 where there is none.
-    """
-    why = f"the host's {path}"
-    if stat.S_ISDIR(os.stat(at(lower)).st_mode):
-        suffix = path.replace("%", "%25").replace("/", "%2F")
-        target = open_in_root(path, why, "dir")
-        try:
-            mount_overlay([lower], layer, suffix, at(target), options, why)
-            return open_in_root(path, why)
-        except CallError as error:  # EINVAL: overlay takes no directory of this filesystem, such as FAT
-            if error.errno not in (errno.EINVAL, errno.ENAMETOOLONG):  # too long: the suffix
-                raise
-        finally:
-            os.close(target)
-    bind(lower, path, True, options, why, NO_FLAGS)
-    return -1
-
-
-def mount_volumes(options: Options, volumes: "list[tuple[int, str, bool, str]]") -> None:
-    """Mount what --tmpfs and --volume ask for; parents first, whatever the order they came in."""
-    steps = [(target, -1, False, f"--tmpfs {target}", flags, data) for target, flags, data in options.tmpfs]
-    steps += [(target, fd, read_only, why, 0, "") for fd, target, read_only, why in volumes]
-    for target, source, read_only, why, flags, data in sorted(steps, key=lambda step: step[0].count("/")):
-        if source < 0:
-            fd = open_target(target, "dir", options, why)
-            mount("tmpfs", at(fd), "tmpfs", flags | nodev(options), data, why)
-            os.close(fd)
-        else:
-            bind(source, target, read_only, options, why)
-
-
-def bind(source: int, target: str, read_only: bool, options: Options, why: str, rec: Flag = MS_REC) -> None:
-    """Show what is behind `source` at `target` inside, made in the writable layer if missing.
-
-    With MS_REC in `rec` what is mounted below it comes along.
-    """
-    status = os.stat(at(source))
-    fd = open_target(target, "dir" if stat.S_ISDIR(status.st_mode) else "file", options, why)
-    mount(at(source), at(fd), None, MS_BIND | rec, None, why)
-    os.close(fd)
-    flags = nodev(options) | (MS_RDONLY if read_only else NO_FLAGS)
-    if flags:
-        fd = open_in_root(target, why)  # anew: the first descriptor refers to what the mount now covers
-        if not os.path.samestat(status, os.fstat(fd)):  # in a volume that others write to as well
-            raise Failure(f"{why}: {target} was exchanged meanwhile: refused")
-        mount_setattr(fd, flags, why)
-        os.close(fd)
-
-
-def mount_proc() -> None:
-    """Mount the container's /proc, first of all: other mounts name their places by /proc/self/fd.
-
-    It shows the pid namespace of whoever mounts it. See proc(5).
-    """
-    fd = open_mount_point("/proc")
-    call("fchdir", fd, why="stand where it goes")
-    mount("proc", ".", "proc", INERT, None, "the processes of the new pid namespace")
-    call("chdir", "/", why="back to the root")
-    os.close(fd)
-
-
-def mount_dev(options: Options, devices: "list[tuple[str, int]]") -> None:
-    """Mount /dev: harmless devices, bound from the host, and a devpts of its own. See pts(4).
-
-    Bound, not made with mknod: a bind keeps the flags of the host's /dev, so the container's own can be
-    nodev, and a node that root makes inside can be opened nowhere.
-    """
-    flags = MS_NOSUID | MS_STRICTATIME | nodev(options)
-    mount("tmpfs", at(open_mount_point("/dev")), "tmpfs", flags, "mode=755,size=64m", "no device of the host")
-    for path, fd in devices:
-        create_file(path, "where to bind it")
-        mount(at(fd), path, None, MS_BIND, None, "a device that is harmless")
-    for name, text in DEVICE_LINKS.items():
-        call("symlink", text, f"/dev/{name}", why="programs expect it")
-    for name in ("pts", "shm", "mqueue"):
-        call("mkdir", f"/dev/{name}", MODE_755, why="where to mount it")
-    flags = MS_NOSUID | MS_NOEXEC
-    data = "newinstance,ptmxmode=0666,mode=0620" + ("" if options.rootless else ",gid=5")  # tty
-    mount("devpts", "/dev/pts", "devpts", flags, data, "terminals of its own, numbered from 0")
-    mount("shm", "/dev/shm", "tmpfs", INERT, "mode=1777,size=64m", "POSIX shared memory")
-    mount("mqueue", "/dev/mqueue", "mqueue", INERT, None, "POSIX queues of the ipc namespace")
-    if options.tty:
-        create_file("/dev/console", "where to bind the terminal")
-
-
-def mount_sys(options: Options, host_sys: int) -> None:
-    """Mount /sys, read-only: its network part is the container's, the hardware is the host's."""
-    fd = open_mount_point("/sys")
-    flags = INERT | (NO_FLAGS if options.privileged else MS_RDONLY)
-    if host_sys < 0:
-        mount("sysfs", at(fd), "sysfs", flags, None, "devices as the network namespace has them")
-    else:
-        mount(at(host_sys), at(fd), None, MS_BIND | MS_REC, None, "the host's, as is the network")
-        mount_setattr(open_mount_point("/sys"), MS_RDONLY | MS_NODEV, "all of it")
-    os.close(fd)
-
-
-def mask_paths() -> None:
-    """Hide what tells of the host, freeze what would change the one kernel that all share."""
-    for path in filter(exists, MASKED_PATHS):
-        if stat.S_ISDIR(os.stat(path).st_mode):
-            mount("tmpfs", path, "tmpfs", MS_RDONLY | INERT, "size=0", "hide this directory")
-        else:
-            mount("/dev/null", path, None, MS_BIND, None, "hide this file")
-    for path in filter(exists, READ_ONLY_PATHS):  # in two calls: a bind ignores all other flags, see mount(2)
-        mount(path, path, None, MS_BIND | MS_REC, None, "a mount of its own, with flags of its own")
-        mount(None, path, None, MS_REMOUNT | MS_BIND | MS_RDONLY | INERT, None, "make it read-only")
-
-
-def mount_cgroup(hierarchies: "list[Hierarchy]") -> None:
-    """Mount /sys/fs/cgroup, read-only. Runs in init, in a cgroup namespace: its root is our cgroup."""
-    top, flags, why = "/sys/fs/cgroup", MS_RDONLY | INERT, "the container's own cgroup, nothing above"
-    if not hierarchies:
-        if os.listdir(top):  # without root, --network host shows the host's /sys with its cgroups
-            mount("tmpfs", top, "tmpfs", flags, "size=0", "hide the host's")
-        return
-    if not any(hierarchy.controllers for hierarchy in hierarchies):
-        mount("cgroup2", top, "cgroup2", flags, None, why)
-        return
-    mount("tmpfs", top, "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
-    for hierarchy in hierarchies:
-        names = hierarchy.controllers or "unified"  # v2 beside v1 is there on a hybrid host
-        fstype = "cgroup" if hierarchy.controllers else "cgroup2"
-        call("mkdir", f"{top}/{names}", MODE_755, why="where to mount it")
-        mount(fstype, f"{top}/{names}", fstype, flags, hierarchy.controllers or None, why)
-        for name in names.split(",") if "," in names else ():
-            call("symlink", names, f"{top}/{name}", why="as on the host")
-    mount(None, top, None, MS_REMOUNT | MS_BIND | flags, None, "it is complete")
-
 
 # ---- Isolation, what it may ask for: seccomp_filter, drop_privileges -----------------------------
 
@@ -1810,458 +1750,349 @@ def seccomp_filter(kept: "set[str]") -> bytes:
 
 
 def find_kept_capabilities(options: Options) -> "set[str]":
-    """Return the capabilities that the container's root keeps; "ALL" are those newer than CAPABILITIES."""
+    """Return the capabilities that the container's root keeps."""
     kept = set(DEFAULT_CAPABILITIES)
     if options.privileged or "ALL" in options.cap_add:
         kept = {"ALL", *CAPABILITIES}
-    if "ALL" in options.cap_drop:
-        kept = set()
+    kept = set() if "ALL" in options.cap_drop else kept
     return (kept | set(options.cap_add)) - set(options.cap_drop)
-
-
-def join_session_keyring() -> None:
-    """Leave the caller's keyring, which no namespace divides. See keyctl_join_session_keyring(3)."""
-    try:
-        why = "a session keyring of its own: root's keys stay out of reach"
-        call("keyctl", KEYCTL_JOIN_SESSION_KEYRING, None, why=why)
-    except CallError as error:
-        if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
-            raise
-
-
-def cut_bounding_set(kept: "set[str]") -> None:
-    """Drop from the bounding set what is not kept: execve gives root all of it, whatever capset left.
-
-    Runs in init while it has CAP_SETPCAP. See capabilities(7).
-    """
-    last = int(read_file("/proc/sys/kernel/cap_last_cap", "how many there are"))
-    for number in range(last + 1):
-        name = ALL_CAPABILITIES[number]
-        if name not in kept:
-            flag = Flag("CAP_" + name, number)
-            call("prctl", PR_CAPBSET_DROP, flag, 0, 0, 0, why="nobody inside can get it any more")
 
 
 def set_capabilities(kept: "set[str]") -> int:
     """Reduce effective and permitted to `kept`, as far as we have it; return that as a bit set.
 
     After a change to another user there is nothing left: the kernel took it. Inheritable and, with
-    it, ambient are emptied: through them the caller's capabilities would survive execve.
-    See capset(2).
+    it, ambient are emptied: through them the caller's capabilities would survive execve. See capset(2).
     """
     header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3; this thread
     current = ctypes.create_string_buffer(24)
     call("capget", header, current, why="which capabilities are there")
     words = struct.unpack("6I", current.raw)  # effective, permitted, inheritable; twice 32 bits
-    wanted = sum(1 << number for number, name in enumerate(ALL_CAPABILITIES) if name in kept)
+    wanted = sum(1 << bit for bit in range(64) if capability_name(bit) in kept)
     low, high = words[1] & wanted, words[4] & (wanted >> 32)  # permitted, as far as it is wanted
     data = struct.pack("6I", low, low, 0, high, high, 0)
     call("capset", header, data, why="keep these capabilities and no others")
-    return int(low | high << 32)
+    return low | high << 32
 
 
-NGROUPS_MAX = 65536  # <linux/limits.h>
+def capability_name(bit: int) -> str:
+    """Return the name of capability `bit`; "ALL" stands for those newer than the list."""
+    return CAPABILITIES[bit] if bit < len(CAPABILITIES) else "ALL"
 
 
 def read_inside(path: str) -> "list[list[str]]":
     """Return the fields of a file like /etc/passwd inside; none when there is no such file."""
     try:
-        fd = open_in_root(path, "look up the user")
-    except CallError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return []
-        raise
-    try:
-        status = os.fstat(fd)
-        # to open a FIFO would be to wait for its writer, to read /proc/kmsg for the next message
-        filesystems = [os.stat(place).st_dev for place in ("/proc", "/sys")]
-        if not stat.S_ISREG(status.st_mode) or status.st_dev in filesystems or status.st_size > 1 << 20:
-            raise Failure(f"{path} in the container is not a regular file of at most 1 MiB")
-        lines = read_file(at(fd), f"look up the user in {path}").split("\n")
-        return [line.split(":") for line in lines if "\0" not in line]
-    finally:
-        os.close(fd)
+        fd = open_inside(path, "look up the user")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    status = os.fstat(fd)
+    # to open a FIFO would be to wait for its writer, to read /proc/kmsg for the next message
+    kernels = [os.stat(place).st_dev for place in ("/proc", "/sys")]
+    if not stat.S_ISREG(status.st_mode) or status.st_dev in kernels or status.st_size > 64 << 20:
+        raise Failure(f"{path} in the container is not a regular file of at most 64 MiB")
+    lines = read_file(at(fd), f"look up the user in {path}").split("\n")
+    os.close(fd)
+    return [line.split(":") for line in lines if line.count(":") > 2 and "\0" not in line]
 
 
 def find_user(options: Options) -> "tuple[int, int, list[int], str]":
-    """Return (uid, gid, supplementary groups, home) for --user, by the container's own files."""
-    user, colon, group = (options.user or "0").partition(":")
-    rows = [row for row in read_inside("/etc/passwd") if len(row) > 5 and user in (row[0], row[2])]
-    name, _, uid, gid, _, home = (rows + [["", "", user, "0", "", "/"]])[0][:6]  # a number needs no row
-    groups: "list[str]" = []
-    if options.user:
-        table = [row for row in read_inside("/etc/group") if len(row) > 3]
-        if colon:
-            gid = next((row[2] for row in table if group in (row[0], row[2])), group)
-        else:
-            groups = [row[2] for row in table if name and name in row[3].split(",")]
-    if len(groups) > NGROUPS_MAX:
-        raise Failure(f"--user {options.user}: in more than {NGROUPS_MAX} groups of the container's /etc")
-    for what, number in (("user", uid), *[("group", number) for number in (gid, *groups)]):
-        if not is_number(number) or int(number) >= (1 << 32) - 1:
-            raise Failure(f"--user {options.user or 0}: no such {what} in the container's /etc")
-    return int(uid), int(gid), [int(number) for number in groups], home or "/"
+    """Return (uid, gid, supplementary groups, home) for --user, by the container's own files.
+
+    A number is looked up for its home and its groups, never as a name. See passwd(5), group(5).
+    """
+    user, _, group = options.user.partition(":")
+    user, name, gid, home = user or "0", "", "0", "/"
+    for row in read_inside("/etc/passwd"):
+        if len(row) > 5 and user == row[2 if user.isdecimal() else 0]:
+            name, _, user, gid, _, home = row[:6]
+            break
+    table = read_inside("/etc/group")
+    groups = [row[2] for row in table if name and not group and name in row[3].split(",")]
+    by_name = {row[0]: row[2] for row in reversed(table)}
+    gid, *added = [word if word.isdecimal() else by_name.get(word, word) for word in (group or gid, *options.group_add)]
+    numbers = [user, gid, *added, *groups]
+    for place, number in enumerate(numbers):
+        if not (number.isascii() and number.isdecimal() and len(number) < 11 and int(number) < (1 << 32) - 1):
+            what = "group" if place else "user"
+            raise Failure(f"--user {options.user or 0}: no such {what} in the container's /etc: {number!r}")
+    uid, *gids = map(int, numbers)
+    if len(gids) > 65536:  # NGROUPS_MAX of <linux/limits.h>
+        raise Failure(f"--user {options.user or 0}: in more than 65536 groups of the container's /etc")
+    return uid, gids[0], list(dict.fromkeys(gids)), home or "/"
 
 
 def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -> None:
     """Give up, for good, what the command is not to have. Runs in init, last before execve.
 
-    In this order: cutting the bounding set and setting groups need what a change of user takes away;
-    without CAP_SYS_ADMIN the kernel takes a filter only after no_new_privs; and the filter is last
-    because it refuses calls made before it, keyctl among them. See credentials(7), seccomp(2).
+    In this order: what the filter refuses, keyctl among it, comes before it; without no_new_privs the kernel
+    takes a filter only from CAP_SYS_ADMIN; cutting the bounding set, groups and limits need what a change of
+    user takes away. See credentials(7), seccomp(2).
     """
     kept = find_kept_capabilities(options)
-    join_session_keyring()
-    cut_bounding_set(kept)
+    try:
+        call("keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="a session keyring of its own: root's stays out of reach")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
+            raise
+    last = int(read_file("/proc/sys/kernel/cap_last_cap", "how many capabilities there are"))
+    for bit in range(last + 1):  # execve gives root all of the bounding set, whatever capset leaves
+        if capability_name(bit) not in kept:
+            call("prctl", "PR_CAPBSET_DROP", bit, 0, 0, 0, why=f"{capability_name(bit)}: for nobody inside")
+    for name, limit in options.ulimit:
+        call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
+    if options.process_limit:  # refused where the caller's own is lower already
+        attempt(call, "setrlimit", RESOURCES.index("nproc"), options.process_limit, why="--pids-limit without a cgroup")
+    if not options.privileged and "seccomp=unconfined" not in options.security_opt:
+        program = ctypes.create_string_buffer(seccomp_filter(kept))
+        # struct sock_fprog: how many steps, where they are
+        fprog = ctypes.create_string_buffer(struct.pack("HP", len(program) // 8, ctypes.addressof(program)))
+        why = "from here on the kernel asks this filter at every call"
+        call("prctl", "PR_SET_SECCOMP", "SECCOMP_MODE_FILTER", ctypes.addressof(fprog), 0, 0, why=why)
     try:
         if not options.rootless:  # denied there: who gives up a group may open a file that shuts it out
             call("setgroups", groups, why="its groups, none of the caller's")
         call("setresgid", gid, gid, gid, why="its group")
         call("setresuid", uid, uid, uid, why="its user")
-    except CallError as error:
+    except OSError as error:
         hint = "without root there is but one user inside: 0, the caller; with sudo there are all"
-        raise Failure(f"--user {options.user}: {error}", hint if options.rootless else "") from None
+        raise Failure(f"--user {options.user}: {error.strerror}", hint if options.rootless else "") from None
     had = set_capabilities(kept)
     for name in options.cap_add:
         if uid == 0 and name in kept and name != "ALL" and not had >> CAPABILITIES.index(name) & 1:
             raise Failure(f"--cap-add {name}: mydocker was started without it")
-    why = "die with the parent, again: the change of user took that back"
-    call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, why=why)
-    if not options.privileged:
-        call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, why="setuid programs give nothing more")
-        program = ctypes.create_string_buffer(seccomp_filter(kept))
-        count = len(program.raw) // 8
-        fprog = ctypes.create_string_buffer(struct.pack("HP", count, ctypes.addressof(program)))  # sock_fprog
-        where = Flag(f"&fprog[{count}]", ctypes.addressof(fprog))
-        why = "from here on the kernel asks this filter at every call"
-        call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, where, 0, 0, why=why)
+    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="again: the change of user took that back")
+    if not options.privileged and "no-new-privileges=false" not in options.security_opt:
+        call("prctl", "PR_SET_NO_NEW_PRIVS", 1, 0, 0, 0, why="setuid programs give nothing more")
 
 
-# ---- Init, inside, PID 1, which becomes the command: init, execute -------------------------------
+# ---- Inside, the rest of init: close_all_but, attach_stdio, execute ------------------------------
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-TERMINAL_READY = b"T"  # on the status pipe: the devpts is there
 
 
-class Pipes:
-    """The two pipes between run() and init(): the command goes in, what failed comes back.
-
-    The command is argv, a NUL after each word, then EOF, which says go. The status is, with -t, first
-    TERMINAL_READY; then, if init fails, what send_failure() sends; then EOF. EOF without a failure before
-    it says that init has become the command: execve closed the last writing end.
-    """
-
-    def __init__(self) -> None:
-        why = "carries the command to init; its EOF says go"
-        self.command_read, self.command_write = call("pipe2", O_CLOEXEC, why=why)
-        why = "carries a failure of init back; a successful execve closes it"
-        self.status_read, self.status_write = call("pipe2", O_CLOEXEC, why=why)
-        self.own_reader = -1  # of the status pipe, in init_by_hand(): there is no run()
-
-
-def send_failure(failure: Failure, status_write: int) -> None:
-    """Send run() what failed, for it to say and to end with: status, line, message, hint, a NUL between."""
-    text = "\0".join((str(failure.status), str(failure.line), failure.message, failure.hint))
-    try:
-        os.write(status_write, text.encode(errors="surrogateescape"))
-    except BrokenPipeError:
-        pass  # run() is dead, and so are we in a moment
-    except OSError:
-        log.failure(failure)  # better by ourselves than not at all
-
-
-def parse_failure(data: bytes) -> Failure:
-    """Return the failure that send_failure() sent."""
-    status, line, message, hint = data.decode(errors="surrogateescape").split("\0")
-    return Failure(message, hint, int(status), int(line))
-
-
-def init(options: Options, cgroups: Cgroups, pipes: Pipes, caller_mask: "set[int]") -> Failure:
-    """Turn this process, just forked into a new pid namespace, into the container.
-
-    Returns only when that has failed: the failure.
-    """
-    log.side = "init"
-    try:
-        # first: whatever is done here is to end with run(), also when SIGKILL ends that at this moment
-        call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, why="die with the parent, whatever kills it")
-        os.close(pipes.command_write)  # or the read of the command would never see EOF
-        os.close(pipes.status_read)  # or is_orphan() would take us for its reader
-        os.umask(0o022)  # the caller's would change the modes of what is made below
-        call("setsid", why="a session of its own: /dev/tty is not the caller's terminal, Ctrl-C not for us")
-        flags, what = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC, "mounts, host name, System V IPC"
-        if options.network == "none":
-            flags, what = flags | CLONE_NEWNET, f"{what}, network"
-        call("unshare", flags, why=f"{what}: its own from here on")
-        # systemd has made "/" shared: without this every mount below would show up on the host, and stay
-        mount(None, "/", None, MS_REC | MS_PRIVATE, None, "no mount made here may reach the host")
-        enter_rootfs(options)
-        hostname = options.hostname or options.id
-        call("sethostname", hostname, len(hostname), why="in the new uts namespace")
-        if options.network == "none":
-            bring_up_loopback()
-        if options.tty:
-            call("write", pipes.status_write, TERMINAL_READY, why="run() may open the pty, then send argv")
-        argv = read_command(pipes.command_read)
-        if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
-            write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
-        join_cgroups(cgroups)
-        uid, gid, groups, home = find_user(options)
-        enter_workdir(options)  # it may warn, and with -t our stderr may be the container's terminal next
-        attach_stdio(options, uid)
-        env = environment(options, hostname, home)
-        for path in find_command(argv[0], env["PATH"]):
-            refuse_own_python(path)
-        close_all((pipes.status_write, pipes.own_reader, log.fd))
-        drop_privileges(options, uid, gid, groups)
-        if is_orphan(pipes):  # run() died before PR_SET_PDEATHSIG was set: then no signal comes
-            os._exit(EXIT_MYDOCKER)
-        restore_signals(caller_mask)
-        execute(argv, env)
-    except BaseException as error:  # whatever it is: no container
-        failure = as_failure(error)
-    return failure
-
-
-def is_orphan(pipes: Pipes) -> bool:
-    """Tell whether run() is dead: then the status pipe has no reader, which is POLLERR. See poll(2)."""
-    return bool(poll({pipes.status_write: select.POLLERR}, 0))  # a deadline long past: look, do not wait
-
-
-def close_all(kept: "tuple[int, ...]") -> None:
+def close_all_but(*kept: int) -> None:
     """Close every descriptor but 0 to 2 and `kept`.
 
     Close-on-exec would be too late: while execve looks up the command, its #! interpreter and its loader,
     a symlink to /proc/self/fd/N could still lead through a directory of the host that is open here
-    (CVE-2024-21626). Before the change of user, because after it /proc/self/fd may not be listed.
+    (CVE-2024-21626).
     """
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in kept:
-            attempt(os.close, fd)  # fails for the one by which listdir read
+    first = 3
+    for fd in (*sorted(kept), 1 << 30):
+        if first < fd:
+            call("close_range", first, fd - 1, 0, why="nothing of ours or of the caller's is open inside")
+        first = fd + 1
 
 
-def bring_up_loopback() -> None:
-    """Bring up lo, all that a new network namespace has. See netdevice(7)."""
-    fd = call("socket", AF_INET, SOCK_DGRAM, 0, why="any socket can speak of network devices")
+def set_up_network(options: Options) -> None:
+    """Bring up lo, all that a new network namespace has, and let every user have port 80 and ping. See netdevice(7)."""
+    fd = call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket can speak of network devices")
     request = struct.pack("16sH14x", b"lo", 1)  # struct ifreq: IFF_UP
-    call("ioctl", fd, SIOCSIFFLAGS, request, why="bring up lo")
+    call("ioctl", fd, "SIOCSIFFLAGS", request, why="bring up lo")
     os.close(fd)
+    groups = "0 0" if options.rootless else "0 2147483647"  # in a user namespace there is but one
+    for name, value in (("ip_unprivileged_port_start", "0"), ("ping_group_range", groups)):
+        attempt(write_file, f"/proc/sys/net/ipv4/{name}", value, "in a network of its own nobody is in the way")
 
 
-def read_command(fd: int) -> "list[str]":
-    """Return the argv that run() sends: words that end in NUL, as in /proc/PID/cmdline, until EOF.
-
-    EOF without a word is a parent that died: nothing to do any more.
-    """
-    data = read_to_end(fd, "the command, as run() sends it")
-    os.close(fd)
-    if not data:
-        os._exit(EXIT_MYDOCKER)
-    return [os.fsdecode(word) for word in data[:-1].split(b"\0")]
-
-
-def join_cgroups(cgroups: Cgroups) -> None:
+def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> None:
     """Enter the cgroups, then see them as the root of all cgroups. See cgroup_namespaces(7).
 
     Late, so that this interpreter is not charged and small limits work; before the command's first
     instruction, so that no child of it can be outside.
     """
-    for hierarchy, fd in cgroups.joins:
-        call("write", fd, b"0", why=f'join, "0" is the one who writes ({hierarchy.directory})')
-        os.close(fd)
-    call("unshare", CLONE_NEWCGROUP, why="the root of a cgroup namespace is the cgroup it is made in")
-    mount_cgroup([hierarchy for hierarchy, _ in cgroups.joins])
+    steps = [(number, fd, data, cgroup) for cgroup in cgroups for number, (fd, data) in enumerate(cgroup.joins)]
+    for number, fd, data, cgroup in sorted(steps, key=lambda step: step[0]):
+        if number == 1:  # --privileged on v2: the first is to be the root of the namespace, the second below it
+            call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
+        try:
+            call("write", fd, data, why=f'join the cgroup, "0" is the one who writes ({cgroup.directory})')
+        except OSError as error:  # v1's cpu lets no real-time caller in; that matters to who asked for it
+            if cgroup.is_asked or error.errno != errno.EINVAL:
+                raise
+    if not any(number for number, *_ in steps):
+        call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
+    flags, why = INERT if options.privileged else f"MS_RDONLY|{INERT}", "the container's own cgroup, nothing above"
+    for cgroup, place in places:
+        if cgroup:
+            fstype = "cgroup" if cgroup.version == 1 else "cgroup2"
+            mount(fstype, at(place), fstype, flags, cgroup.controllers or None, why)
 
 
-def attach_stdio(options: Options, uid: int) -> None:
-    """Give the command its descriptors 0 to 2: its own terminal, or the caller's files untouched."""
+def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
+    """Give the command its descriptors 0 to 2: a terminal of its own, pipes to run(), or the caller's files."""
+    targets = dict(stdio)
     if options.tty:
-        fd = call("open", "/dev/pts/0", O_PTY, why="the terminal whose other end run() holds")
-        call("ioctl", fd, TIOCSCTTY, 0, why="the controlling terminal: Ctrl-C, job control")
-        if uid:
-            call("fchown", fd, uid, -1, why="the terminal is its user's")
-        for number in (0, 1, 2):
-            call("dup2", fd, number, why="stdin, stdout, stderr")
-        os.close(fd)
-        mount("/dev/pts/0", "/dev/console", None, MS_BIND, None, "its terminal by another name")
+        fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why="the terminal whose other end run() holds")
+        call("ioctl", fd, "TIOCSCTTY", 0, why="the controlling terminal: Ctrl-C, job control")
+        create_file("/dev/console", "")
+        why = "its terminal by another name"
+        attach(clone_tree("/dev/pts/0", why), open_path("/dev/console", why), why)
+        targets = {0: fd, 1: fd, 2: fd}
     elif not options.interactive:
-        fd = call("open", "/dev/null", O_RDONLY, why="without -i there is no stdin")
-        call("dup2", fd, 0, why="an empty stdin")
-        os.close(fd)
+        targets[0] = call("open", "/dev/null", "O_RDONLY|O_CLOEXEC", why="without -i there is no stdin")
+    for target, fd in targets.items():
+        call("dup2", fd, target, why="stdin, stdout, stderr")
+
+
+def give_stdio(options: Options, uid: int, our_pipe: int) -> None:
+    """Give terminals and pipes at 0 to 2 to the command's user, who may want to open /dev/stdout by its name."""
+    pipes = os.fstat(our_pipe).st_dev  # of all pipes without a name: a FIFO of the host's stays as it is
+    for fd in (0, 1, 2) if uid and not options.rootless else ():
+        if os.isatty(fd) or os.fstat(fd).st_dev == pipes:
+            call("fchown", fd, uid, -1, why="it is its user's")
 
 
 def enter_workdir(options: Options) -> None:
     """Stand where the command is to start: --workdir, or in host view the caller's directory."""
-    call("chdir", "/", why="inside, in any case")
-    if options.workdir:
-        chdir_inside(options.workdir, f"--workdir {options.workdir}", "dir")
-    elif not options.rootfs:
-        private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())
-        try:  # a private place has other files inside, under the same names
-            visible = options.cwd and not is_below(options.cwd, private)
-            if visible:
-                chdir_inside(options.cwd, "the caller's directory")
-        except (CallError, Failure):
-            visible = False
-        if not visible:
-            where = options.cwd or "which is deleted,"
-            log.warning(f"the current directory {where} is not visible inside: starting in /")
+    if options.workdir or options.rootfs:
+        path = options.workdir or "/"
+        call("fchdir", open_inside(path, "--workdir", "dir"), why=f"start in {path}")
+        return
+    private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())  # other files under the same names
+    fd = None if is_below(options.cwd, private) else attempt(open_inside, options.cwd, "the caller's directory")
+    if not fd or not stat.S_ISDIR(os.fstat(fd).st_mode):
+        where = options.cwd or "which is deleted,"
+        log.warning(f"the current directory {where} is not visible inside: starting in /")
+    else:
+        call("fchdir", fd, why="the caller's directory")
 
 
-def chdir_inside(path: str, why: str, create: str = "") -> None:
-    """Enter a directory of the container, found as open_in_root() does it. Raises CallError, Failure."""
-    fd = open_in_root(path, why, create)
-    call("fchdir", fd, why=why)
-    os.close(fd)
-
-
-def environment(options: Options, hostname: str, home: str) -> "dict[str, str]":
+def environment(options: Options, home: str) -> "dict[str, str]":
     """Return the command's environment: these and what --env names, nothing else of the caller's."""
-    env = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, "HOME": home}
+    env = {"PATH": DEFAULT_PATH, "HOSTNAME": options.hostname}
     if options.tty:
         env["TERM"] = "xterm"
-    env.update((name, value) for name, value in options.env if value is not None)
+    for text in [*sum(options.env_file, []), *options.env]:
+        name, equals, value = text.partition("=")
+        env.pop(name, None)
+        if equals or name in os.environ:
+            env[name] = value if equals else os.environ[name]
+    env["HOME"] = env.get("HOME") or home
     return env
 
 
 def restore_signals(caller_mask: "set[int]") -> None:
-    """Reset what execve would hand on: the signals that Python ignores, and the mask of run()."""
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a pending one would be a KeyboardInterrupt
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Reset what execve would hand on: ignored signals, but nohup's, and the mask of run()."""
+    for number in signal.valid_signals():
+        ignored = signal.getsignal(number) == signal.SIG_IGN
+        # SIGINT has a handler of Python's: a pending one would be a KeyboardInterrupt
+        if ignored and number != signal.SIGHUP or number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
 
 
 def find_command(command: str, path: str) -> "list[str]":
     """Return where `command` may be: as it is with a slash in it, else in each directory of `path`."""
-    if "/" in command:
-        return [command]
-    return [f"{place or '.'}/{command}" for place in path.split(":") if command]
+    return [command] if "/" in command else [f"{place or '.'}/{command}" for place in path.split(":") if command]
 
 
-def execute(argv: "list[str]", env: "dict[str, str]") -> None:
-    """Become the command, searched for inside, by the container's PATH. Raises Failure when it cannot.
-
-    By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
-    See execve(2).
-    """
-    command, denied = argv[0], ""
-    for path in find_command(command, env["PATH"]):
-        try:
-            call("execve", path, argv, env, why="become the command, as PID 1 of the container")
-        except CallError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                if os.path.isfile(path):
-                    what: "str | None" = path
-                    while what and os.path.isfile(what):
-                        what = attempt(find_interpreter, what)
-                    text = f"{path}: its interpreter, {what or 'the ELF loader'}, is not in the container"
-                    raise Failure(text, status=EXIT_NOT_FOUND) from None
-            elif error.errno == errno.EACCES and "/" not in command:
-                denied = path  # a later directory of PATH may have another
-            else:
-                why = "it is a directory" if os.path.isdir(path) else error.strerror
-                raise Failure(f"{path}: cannot execute: {why}", status=EXIT_NOT_EXECUTABLE) from None
-    if denied:
-        raise Failure(f"{denied}: cannot execute: Permission denied", status=EXIT_NOT_EXECUTABLE)
-    raise Failure(f"{command or repr(command)}: command not found", status=EXIT_NOT_FOUND)
-
-
-def refuse_own_python(path: str) -> None:
+def refuse_own_python(paths: "list[str]") -> None:
     """Refuse what leads to the host's Python by /proc/self/exe: a command, or what its #! names.
 
     Until execve, our /proc/self/exe is the host's Python. A command that leads there would start it with
-    the image's own loader: code of the image that can open the host's Python to write (CVE-2019-5736).
-    Done as root: the kernel reads the #! of a script that the command's user may not read. run() looks
-    once more, when it runs, for what leads there by another way: Container.check_program().
+    the image's own loader: code of the image that can hold the host's Python open, and write to it when run()
+    is gone (CVE-2019-5736). Done as root: the kernel reads the #! of a script that the command's user may not
+    read. What is exchanged after this look, run() sees when it holds the new program: Container.reap().
     """
-    for _ in range(6):  # the command, and the 5 interpreters that the kernel follows
-        try:
-            if is_own_python(path):
-                text = f"{path}: leads to the program that runs mydocker: refused"
-                raise Failure(text, status=EXIT_NOT_EXECUTABLE)
-            path = find_interpreter(path)
-        except OSError:
-            return  # execve will say what is wrong
-        if not path:
-            return
-
-
-def find_interpreter(path: str) -> str:
-    """Return what the #! of a script names, as the kernel reads it, or "". Raises OSError. See execve(2)."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        return ""
-    fd = os.open(path, O_RDONLY)
-    head = os.read(fd, 256)
-    os.close(fd)
-    # up to a newline or a NUL; words part at spaces and tabs, not at all that bytes.split() takes
-    words = head[2:].partition(b"\n")[0].partition(b"\0")[0].replace(b"\t", b" ").split(b" ")
-    return os.fsdecode(next(filter(None, words), b"")) if head[:2] == b"#!" else ""
+    for path in paths:
+        for _ in range(6):  # the command, and the 5 interpreters that the kernel follows
+            if attempt(is_own_python, path):
+                raise Failure(f"{path}: leads to the program that runs mydocker: refused", "", EXIT_NOT_EXECUTABLE)
+            path = attempt(find_interpreter, path)
+            if not path:
+                break
 
 
 def is_own_python(path: str) -> bool:
-    """Tell whether `path` is this process's program: the same file, by the same mount. Raises OSError.
+    """Tell whether `path` is the program of this process: the same file, by the same mount.
 
     By another mount, as with the host's /usr in a volume, it is like any other file that is there.
     """
     own = "/proc/self/exe"
-    if not os.path.samestat(os.stat(path), os.stat(own)):
-        return False
-    mounts = set()
-    for place in (path, own):
-        fd = open_path(place, "is it the host's Python")
-        mounts.add(mount_id(fd))
-        os.close(fd)
-    return len(mounts) == 1
+    return os.path.samestat(os.stat(path), os.stat(own)) and mount_id(path) == mount_id(own)
 
 
-# ---- Terminal, between the container's pty and the caller's: Pump, Terminal ----------------------
+def find_interpreter(path: str) -> str:
+    """Return what the #! of a script names, as the kernel reads it, or "". See execve(2)."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) or not mode & 0o111:  # /proc/kmsg is a file, too, and to read it takes from it
+        return ""
+    fd = os.open(path, os.O_RDONLY)
+    head = os.read(fd, 256)
+    os.close(fd)
+    # up to a newline or a NUL; words part at spaces and tabs, not at all that bytes.split() takes
+    line = head[2:].partition(b"\n")[0].partition(b"\0")[0].replace(b"\t", b" ")
+    return os.fsdecode(next(filter(None, line.split(b" ")), b"")) if head[:2] == b"#!" else ""
+
+
+def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[str, str]") -> None:
+    """Become the command, one of `paths` inside. Raises Failure when it cannot. See execve(2).
+
+    By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
+    """
+    hint = "" if options.rootfs else "there are no images here: --rootfs DIR names a root filesystem, the host's is seen"
+    failure = Failure(f"{argv[0] or repr(argv[0])}: command not found", hint, EXIT_NOT_FOUND)
+    for path in paths:
+        try:
+            call("execve", path, argv, env, why="become the command, as PID 1 of the container")
+        except (FileNotFoundError, NotADirectoryError):
+            what = path
+            while os.path.isfile(what) and (interpreter := attempt(find_interpreter, what)):
+                what = interpreter
+            if os.path.isfile(path):
+                what = "the ELF loader" if what == path else what
+                failure = Failure(f"{path}: its interpreter, {what}, is not in the container", "", EXIT_NOT_FOUND)
+                break
+        except OSError as error:
+            why = "it is a directory" if os.path.isdir(path) else os.strerror(error.errno)
+            failure = Failure(f"{path}: cannot execute: {why}", "", EXIT_NOT_EXECUTABLE)
+            if error.errno != errno.EACCES:  # a later directory of PATH may have another
+                break
+    raise failure
+
+# ---- Outside, the rest of run: Pump, Terminal, Container -----------------------------------------
 
 
 class Pump:
-    """One direction of the relay: it holds what was read until it can be written; it waits for neither end.
+    """One direction of the relay: what was read is held until it can be written.
 
     4 KiB at a time: a pty gives no more, and a pipe that polls writable takes as much.
     """
 
-    def __init__(self, source: int, target: int, at_end: bytes = b"") -> None:
-        self.source, self.target, self.at_end = source, target, at_end
-        self.held, self.last = b"", b"\n"
-        self.ended = False  # the source has nothing more
-        self.broken = False  # the target takes nothing more: what comes is thrown away
+    def __init__(self, source: int, target: int, is_output: bool) -> None:
+        self.source, self.target, self.is_output = source, target, is_output
+        self.held, self.problem = b"", ""  # of the target: what comes is thrown away from then on
 
     def interest(self) -> "tuple[int, int]":
         """Return what to poll for: a place to put what is held, or else something to take."""
-        if self.held:
-            return self.target, select.POLLOUT
-        return self.source, 0 if self.ended else select.POLLIN
+        return (self.target, select.POLLOUT) if self.held else (self.source, select.POLLIN)
 
-    def advance(self, ready: "dict[int, int]") -> None:
-        """Read or write once, as far as the descriptors in `ready` allow."""
+    def advance(self) -> None:
+        """Read or write once, as interest() said."""
         if self.held:
-            if ready.get(self.target):
-                self.put()
-        elif not self.ended and ready.get(self.source):
+            self.put()
+        else:
             self.take()
 
-    def take(self) -> None:
-        """Read once; at the end of the source, hold what is to be written for it."""
+    def take(self) -> bool:
+        """Read once; tell whether there was anything. The source is -1 after its end."""
         try:
             data = os.read(self.source, 4096)
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
-            if error.errno != errno.EIO:  # EIO: nobody has the other end of the pty open, and all is read
-                if not self.at_end:
-                    raise  # or the container's output would lack something, and nobody know
+            # EIO: nobody has the other end of the pty open, and all is read. What breaks off at stdin has ended, too
+            if error.errno != errno.EIO and self.is_output:
+                raise Failure(f"the container's output: {error.strerror}") from None
+            if error.errno != errno.EIO:
                 log.warning(f"stdin: {error.strerror}")
             data = b""
-        if data:
-            self.held, self.last = b"" if self.broken else data, data[-1:]
-        else:  # EOF on a terminal is a key, ^D; after an unfinished line the first only sends the line
-            self.ended = True
-            self.held = self.at_end if self.last == b"\n" else self.at_end * 2
+        if not data:
+            self.source = -1
+        self.held = b"" if self.problem else data
+        return bool(data)
 
     def put(self) -> None:
         """Write once; give the target up when it takes nothing more."""
@@ -2270,279 +2101,280 @@ class Pump:
         except BlockingIOError:
             pass
         except OSError as error:
-            self.broken, self.held = True, b""
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                log.warning(f"stdout: {error.strerror}")
+            self.held, self.problem = b"", error.strerror
+            if not self.is_output:  # leave the rest of the input to others
+                self.source = -1
+
+
+def relay_terminals(options: Options) -> "tuple[dict[int, int], list[Pump]]":
+    """Return what the command gets in place of terminals at 0 to 2, without -t, and the pumps to serve that.
+
+    The caller's terminal never goes in: whoever holds one can read what is typed next, or change its mode. The
+    pumps read it in the caller's job, so that job control holds: in the background the kernel stops run().
+    """
+    stdio: "dict[int, int]" = {}
+    pumps = []
+    for fd in (0, 1, 2) if not options.tty else ():
+        if os.isatty(fd) and (fd or options.interactive):
+            read_fd, write_fd = call("pipe2", "O_CLOEXEC", why="in place of a terminal of the caller's")
+            stdio[fd], ours = (write_fd, read_fd) if fd else (read_fd, write_fd)
+            os.set_blocking(ours, False)
+            caller = open_unblocked(fd, os.O_WRONLY if fd else os.O_RDONLY)
+            pumps.append(Pump(ours, caller, True) if fd else Pump(caller, ours, False))
+    return stdio, pumps
 
 
 class Terminal:
     """The outside end of the container's terminal.
 
     A pty is a pair: what is written to one end, the master, the other reads as if typed. It is made in the
-    container's own devpts, so that it has a name there; only its master is here. The caller's terminal
-    never goes in: whoever holds a terminal can type into it (TIOCSTI). See pty(7), ioctl_tty(2).
+    container's own devpts, so that it has a name there; only its master is here. See pty(7), ioctl_tty(2).
     """
 
     def __init__(self, pid: int, interactive: bool) -> None:
         # by the root of the new process: no code of the container runs yet
         path = f"/proc/{pid}/root/dev/pts/ptmx"
-        flags = O_PTY | O_NONBLOCK
+        flags = "O_RDWR|O_NOCTTY|O_NONBLOCK|O_CLOEXEC"
         self.master = call("open", path, flags, why="the master of a new pty in the container's devpts")
-        call("ioctl", self.master, TIOCSPTLCK, struct.pack("i", 0), why="unlock its other end, pts/0")
-        why = "held while the container lives: it may close its terminal and open it again"
-        self.peer = call("ioctl", self.master, TIOCGPTPEER, O_PTY, why=why)
-        self.out = Pump(self.master, open_unblocked(1))
-        self.pumps = [self.out]
-        self.saved: list = []  # type: ignore[type-arg]  # as tcgetattr has it
+        call("ioctl", self.master, "TIOCSPTLCK", struct.pack("i", 0), why="unlock its other end, pts/0")
+        why = "held, as the container may close its terminal and open it again"
+        self.peer = call("ioctl", self.master, "TIOCGPTPEER", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, why=why)
+        self.out = Pump(self.master, open_unblocked(1, os.O_WRONLY), True)
+        self.input = Pump(open_unblocked(0, os.O_RDONLY), self.master, False)
+        self.interactive, self.saved = interactive, None
+        self.pause, self.next_end = 0.02, 0.0  # seconds until the end of the input is typed again
         self.resize()
         if not os.isatty(0):
             log.warning("stdin is not a terminal: -t gives the command one all the same")
-        elif interactive:
-            self.saved = call("tcgetattr", 0, why="to put the caller's terminal back in the end")
-            self.make_raw()
-        if interactive:
-            self.pumps.append(Pump(0, self.master, b"\x04"))
 
-    def make_raw(self) -> None:
-        """Pass every key on as it is: what Ctrl-C means is for the container's terminal to say."""
-        iflag, oflag, cflag, lflag, ispeed, ospeed, characters = self.saved
-        iflag &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
-        iflag &= ~(termios.INLCR | termios.IGNCR)
-        cflag = cflag & ~(termios.CSIZE | termios.PARENB) | termios.CS8
-        lflag &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
-        characters = characters[:]
-        characters[termios.VMIN], characters[termios.VTIME] = 1, 0
-        mode = [iflag, oflag & ~termios.OPOST, cflag, lflag, ispeed, ospeed, characters]
-        call("tcsetattr", 0, TCSANOW, mode, why="the caller's terminal passes on every key")
+    def begin(self, pumps: "list[Pump]") -> None:
+        """Pass every key on as it is: what Ctrl-C means is for the container's terminal to say.
+
+        Only in the foreground: in the background the terminal is somebody else's, until SIGCONT says otherwise.
+        """
+        if not self.interactive or os.isatty(0) and not is_foreground():
+            return
+        if self.input not in pumps:
+            pumps.append(self.input)
+        if os.isatty(0):
+            import tty  # here only: not every run has a terminal
+
+            NAMES["setraw"] = tty.setraw
+            self.saved = self.saved or call("tcgetattr", 0, why="to put the caller's terminal back in the end")
+            log.end = b"\r\n"  # from now on
+            call("setraw", 0, "TCSANOW", why="the caller's terminal passes on every key")
+
+    def end_input(self) -> "float | None":
+        """Type ^D, the end of the input, once all before it is read; return when to come again.
+
+        Not earlier: a line editor that changes the terminal's mode would lose it. And again, at longer and
+        longer intervals, because just then it may: the end of a file is still there when it is read twice, too.
+        """
+        if self.input.source >= 0 or self.input.held or self.input.problem:
+            return None
+        if time.monotonic() >= self.next_end:
+            unread = call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read all of the input")
+            if not any(unread):
+                attempt(os.write, self.master, b"\x04")
+                self.pause = min(2 * self.pause, 5)
+            self.next_end = time.monotonic() + self.pause
+        return self.next_end
 
     def resize(self) -> None:
         """Give the container's terminal the size of the caller's; the kernel sends SIGWINCH inside."""
-        for fd in (0, 1, 2):
-            if os.isatty(fd):
-                size = call("ioctl", fd, TIOCGWINSZ, bytes(8), why="the size of the caller's terminal")
-                call("ioctl", self.master, TIOCSWINSZ, size, why="the container's has the same")
-                return
-
-    def advance(self, ready: "dict[int, int]") -> None:
-        """Let both directions read or write once."""
-        for pump in self.pumps:
-            pump.advance(ready)
-
-    def drain(self) -> None:
-        """Read what is left in the master: the container is gone, and what it wrote last is still to come."""
-        if self.pumps:
-            os.close(self.peer)
-            self.pumps = [self.out]
-
-    def hang_up(self) -> None:
-        """Close the terminal under the container, as when a window is closed: who writes gets EIO."""
-        self.drain()
-        os.close(self.master)
-        self.out.ended, self.pumps = True, []
+        for fd in [fd for fd in (0, 1, 2) if os.isatty(fd)][:1]:
+            size = call("ioctl", fd, "TIOCGWINSZ", bytes(8), why="the size of the caller's terminal")
+            call("ioctl", self.master, "TIOCSWINSZ", size, why="the container's has the same")
 
     def restore(self) -> None:
         """Put the caller's terminal back as it was. Runs on every way out."""
-        if self.saved:  # not TCSADRAIN: it waits for a terminal that is stopped
-            call("tcsetattr", 0, TCSANOW, self.saved, why="put the caller's terminal back")
+        log.end = b"\n"
+        if self.saved and is_foreground():  # not TCSADRAIN: it waits for a terminal that is stopped
+            call("tcsetattr", 0, "TCSANOW", self.saved, why="put the caller's terminal back")
 
 
-# ---- Run, outside: Container, run ----------------------------------------------------------------
+def is_foreground() -> bool:
+    """Tell whether the terminal at stdin listens to this job; one that is not our own has no say in it."""
+    return attempt(os.tcgetpgrp, 0) in (None, os.getpgrp())
+
 
 # The first of these starts --stop-timeout: all that would end run(), by way of timers and limits, too
 STOPPING = "SIGTERM SIGINT SIGHUP SIGALRM SIGVTALRM SIGPROF SIGXCPU SIGIO SIGPWR".split()
-LAST_OUTPUT_SECONDS = 1  # for a reader to take it, when the container has been stopped
-FORWARDED = {getattr(signal, name): name for name in [*STOPPING, "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT"]}
+# What run() leaves to the kernel, as docker run does: they are about its own children, pipes and terminal
+NOT_FORWARDED = "SIGKILL SIGSTOP SIGCHLD SIGPIPE SIGURG SIGWINCH SIGTSTP SIGTTIN SIGTTOU".split()
+# of two names, such as SIGCHLD and SIGCLD, the first
+SIGNALS = {getattr(signal, name): name for name in sorted(vars(signal), reverse=True)
+           if name.startswith("SIG") and "_" not in name}  # fmt: skip
 
 
 def watch_signals() -> "tuple[set[int], int]":
     """Block the signals that run() cares for; return (the mask before, a descriptor to read them from).
 
     Blocked, none can end run() between two steps, and none is lost between fork and exec. What the
-    caller ignores, as under nohup, stays ignored. See signalfd(2).
+    caller ignores, as under nohup, stays ignored; Python itself ignores SIGXFSZ. See signalfd(2).
     """
-    watched = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    watched = [number for number in signal.valid_signals() if SIGNALS.get(number) not in NOT_FORWARDED
+               and (number == signal.SIGXFSZ or signal.getsignal(number) != signal.SIG_IGN)]  # fmt: skip
     watched += [signal.SIGCHLD, signal.SIGWINCH]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller may have left it ignored: no word of the end
-    caller_mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    # sigset_t: bit n-1 is signal n
-    sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")
-    fd = call("signalfd", -1, sigset, O_CLOEXEC, why="signals as something to poll for")
-    return caller_mask, fd
+    # SIGTTOU is only blocked: to put the terminal back must not stop us
+    caller_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*watched, signal.SIGTTOU])
+    sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")  # sigset_t: bit n-1 is signal n
+    return caller_mask, call("signalfd", -1, sigset, "O_CLOEXEC", why="signals as something to poll for")
 
 
 class Container:
     """The container as seen from outside, while it runs. One loop waits for everything at once."""
 
-    def __init__(self, options: Options, argv: "list[str]", pid: int, pipes: Pipes, signal_fd: int) -> None:
-        self.options, self.argv, self.pid = options, argv, pid
-        self.pipes, self.signal_fd = pipes, signal_fd
-        self.wstatus: "int | None" = None  # as wait(2) has it; None while the container lives
-        self.received = b""  # what init sent through the status pipe
-        self.started = False  # the status pipe has ended without a failure
-        self.early_signals: "list[int]" = []  # signals from before that
-        self.stopped_by = 0
-        self.deadline: "float | None" = None
-        self.file_fds: "list[int]" = []
-        self.terminal: "Terminal | None" = None
+    def __init__(
+        self, options: Options, argv: "list[str]", pid: int, signal_fd: int,
+        command_write: int, ready_read: int, pumps: "list[Pump]",
+    ) -> None:  # fmt: skip
+        self.options, self.argv, self.pid, self.signal_fd = options, argv, pid, signal_fd
+        self.command_write, self.ready_read, self.pumps = command_write, ready_read, pumps
+        self.wstatus = self.deadline = self.terminal = None
+        self.held = False  # it is traced, and so stops at its execve
+        self.started = False  # the pipe has ended: init has become the command, or died
+        self.early: "list[int]" = []  # signals from before that
+        self.stopped_by = ""
+
+    def seize(self) -> None:
+        """Have the kernel stop init at its execve, before the first instruction of the new program: see reap().
+
+        Where that is refused (we are traced ourselves, yama), read_ready() looks as soon as it can.
+        """
+        why = "to see what it becomes before that can do anything"
+        self.held = attempt(call, "ptrace", "PTRACE_SEIZE", self.pid, 0, "PTRACE_O_TRACEEXEC", why=why) is not None
 
     def supervise(self) -> int:
         """Relay signals and terminal until the command has ended; return its wait status."""
-        # poll(2) looks at signals first: when it sees SIGCHLD, what init wrote before its end is in the pipe
-        watched = {self.signal_fd: select.POLLIN, self.pipes.status_read: select.POLLIN}
         if not self.options.tty:
             self.send_command()
-        while self.wstatus is None or self.terminal and not self.terminal.out.ended:
-            interests = dict(watched)
-            for pump in self.terminal.pumps if self.terminal else ():
-                fd, events = pump.interest()
-                interests[fd] = interests.get(fd, 0) | events
-            ready = poll(interests, self.deadline)
-            # handled the other way round: a signal that came when the command ran already is for the command
-            if ready.get(self.pipes.status_read) and self.read_status():
-                del watched[self.pipes.status_read]
-            if ready.get(self.signal_fd):
-                self.take_signals()
-            if self.terminal:
-                self.terminal.advance(ready)
-                if self.terminal.out.broken and not self.stopped_by and self.wstatus is None:
-                    self.terminal.hang_up()
-                    self.stop(signal.SIGHUP)
-            if self.deadline is not None and time.monotonic() >= self.deadline:
-                self.deadline = None
-                if self.wstatus is None:
-                    name, timeout = FORWARDED[self.stopped_by], self.options.stop_timeout
-                    self.kill(f"{name} did not end it within {timeout:g} s: killed")
-                elif self.terminal:
-                    self.end_output(self.terminal.out, ready)
+        while self.wstatus is None:
+            interests = {self.signal_fd: select.POLLIN}
+            if not self.started:
+                interests[self.ready_read] = select.POLLIN
+            for fd, events in [pump.interest() for pump in self.pumps]:
+                if fd >= 0:
+                    interests[fd] = interests.get(fd, 0) | events
+            times = [self.deadline, self.terminal.end_input() if self.terminal else None]
+            ready = poll(interests, min(filter(None, times), default=None))
+            if not self.started and self.ready_read in ready:
+                self.read_ready()
+            if self.signal_fd in ready:
+                for number in self.read_signals():
+                    self.take_signal(number)
+            for pump in self.pumps:
+                if pump.interest()[0] in ready:
+                    pump.advance()
+                if pump.problem and pump.is_output and not self.stopped_by:
+                    log.warning(f"stdout: {pump.problem}")
+                    self.take_signal(signal.SIGHUP)
+                if pump.source < 0 and not pump.held and not self.terminal and not pump.is_output and pump.target >= 0:
+                    os.close(pump.target)  # the command reads the end of its stdin
+                    pump.target = -1
+            if self.deadline and time.monotonic() >= self.deadline:
+                self.kill(f"{self.stopped_by} did not end it within {self.options.stop_timeout:g} s: killed")
+        for pump in self.pumps:
+            if pump.is_output:
+                self.drain(pump)
         return self.wstatus
+
+    def drain(self, out: Pump) -> None:
+        """Write what the container wrote last: all of it, unless nobody reads it after a stop or a signal."""
+        while out.held or out.source >= 0 and out.take() and not out.problem:
+            patience = time.monotonic() + 1 if self.stopped_by else None
+            ready = poll({out.target: select.POLLOUT, self.signal_fd: select.POLLIN}, patience)
+            if out.target in ready:
+                out.put()
+            elif not ready or any(SIGNALS.get(number) in STOPPING for number in self.read_signals()):
+                return
 
     def send_command(self) -> None:
         """Send argv, a NUL after each word, and close: EOF says go. Spaces and quotes survive."""
         data = b"".join(os.fsencode(word) + b"\0" for word in self.argv)
         try:
             while data:
-                data = data[call("write", self.pipes.command_write, data, why="send the command") :]
-        except CallError as error:
-            if error.errno != errno.EPIPE:  # then init has failed, and the other pipe says how
-                raise
-        os.close(self.pipes.command_write)
+                data = data[call("write", self.command_write, data, why="send the command") :]
+        except BrokenPipeError:
+            pass  # init has failed, and has said why
+        os.close(self.command_write)
 
-    def read_status(self) -> bool:
-        """Take what init tells: that the pty can be opened, or a failure. Return True at EOF."""
-        data = os.read(self.pipes.status_read, 1 << 16)
-        if data.startswith(TERMINAL_READY):
-            data = data[1:]
-            if not data:  # else init has failed since, and says how
-                self.open_terminal()
-                return False
-        self.received += data
-        if data:
-            return False
-        self.started = not self.received
-        if self.started:
-            self.check_program()
-        if self.started and self.options.memory:
-            self.hold_files()
-        for number in self.early_signals if self.started else ():
-            self.forward(number)
-        return True
+    def read_ready(self) -> None:
+        """Take what init tells: that the pty can be opened; by EOF, that it has become the command, or died."""
+        if os.read(self.ready_read, 1):
+            try:
+                self.terminal = Terminal(self.pid, self.options.interactive)
+                self.pumps.append(self.terminal.out)
+                self.send_command()
+            except FileNotFoundError:
+                pass  # init was killed meanwhile
+            return
+        self.started = True
+        self.reap()
+        if self.wstatus is None and not self.held:
+            self.refuse_python()
+        if self.wstatus is None and self.terminal:
+            self.terminal.begin(self.pumps)
+        for number in self.early:
+            self.take_signal(number)
 
-    def check_program(self) -> None:
-        """Kill what came to run on the host's Python past refuse_own_python(): see there.
+    def refuse_python(self) -> None:
+        """Kill what has become the host's Python: by a file that was exchanged meanwhile, or by binfmt_misc.
 
-        By a file exchanged meanwhile, or an interpreter that the host's binfmt_misc names. While run()
-        lives nobody can write to that program, which is running: ETXTBSY (Linux 6.1, 6.12, 6.18).
+        See refuse_own_python(). None: it has ended already.
         """
-        if attempt(is_own_python, f"/proc/{self.pid}/exe"):  # None: it has ended already
+        if attempt(is_own_python, f"/proc/{self.pid}/exe"):
             self.kill("the command became the program that runs mydocker: killed")
 
-    def open_terminal(self) -> None:
-        """Open the master of the container's terminal, then let init go on."""
-        try:
-            self.terminal = Terminal(self.pid, self.options.interactive)
-        except CallError as error:
-            if error.errno != errno.ENOENT and not self.stopped_by:  # ENOENT: init was killed meanwhile
-                raise
-        else:
-            self.send_command()
+    def read_signals(self) -> "list[int]":
+        """Return the signals that are pending: 128 bytes each, struct signalfd_siginfo."""
+        return [number for number, in struct.iter_unpack("I124x", os.read(self.signal_fd, 128 * 32))]
 
-    def hold_files(self) -> None:
-        """Hold the writable layer and /dev/shm open: their size is asked for when the container is gone."""
-        in_memory = not self.options.upperdir and not self.options.is_bound_view()
-        for path in ("/", "/dev/shm") if in_memory else ("/dev/shm",):
-            fd = attempt(os.open, f"/proc/{self.pid}/root{path}", O_PATH_DIR | O_NOFOLLOW)
-            if fd:  # else it has ended already
-                self.file_fds.append(fd)
-
-    def count_file_bytes(self) -> int:
-        """Return the bytes of memory in the writable layer and /dev/shm, and let go of them."""
-        total = 0
-        for fd in self.file_fds:
-            usage = os.fstatvfs(fd)
-            total += (usage.f_blocks - usage.f_bfree) * usage.f_frsize
-            os.close(fd)
-        return total
-
-    def take_signals(self) -> None:
-        """Take the signals that are pending: 128 bytes each, struct signalfd_siginfo."""
-        for (number,) in struct.iter_unpack("I124x", os.read(self.signal_fd, 128 * 32)):
-            if number == signal.SIGCHLD:
-                self.reap()
-            elif number == signal.SIGWINCH:
-                if self.terminal and self.terminal.pumps:
-                    self.terminal.resize()
-            elif FORWARDED[number] in STOPPING:
-                self.stop(number)
-            else:
-                self.forward(number)
+    def take_signal(self, number: int) -> None:
+        """Act on a signal: pass it on; the first of STOPPING starts the timeout, then TERM or INT kills."""
+        name = SIGNALS.get(number, number)
+        if number == signal.SIGCHLD:
+            self.reap()
+        elif number == signal.SIGWINCH:
+            if self.terminal:
+                self.terminal.resize()
+        elif name in STOPPING and not self.started:
+            self.stopped_by = name
+            self.kill(f"{name} before the command was started")
+        elif not self.started:
+            self.early.append(number)  # init would ignore it
+        elif name in STOPPING and self.stopped_by:
+            if name in ("SIGTERM", "SIGINT"):
+                self.kill(f"{name}, the second signal: killed")
+        elif self.wstatus is None:
+            if number == signal.SIGCONT and self.terminal:  # back from the background
+                self.terminal.begin(self.pumps)
+            call("kill", self.pid, name, why="pass the signal on")
+            if name in STOPPING:
+                self.stopped_by, self.deadline = name, time.monotonic() + self.options.stop_timeout
 
     def reap(self) -> None:
-        """Take the wait status if the container has ended. SIGCHLD may come for more: a stop, by kill(1)."""
-        if self.wstatus is None:
-            pid, wstatus = call("waitpid", self.pid, WNOHANG, why="has the container ended")
-            if pid:
+        """Take the wait status if the container has ended; let it go on where the tracing has stopped it."""
+        while self.wstatus is None:
+            pid, wstatus = call("waitpid", self.pid, "WNOHANG", why="has the container ended")
+            if not pid:
+                return
+            if not os.WIFSTOPPED(wstatus):
                 self.wstatus = wstatus
-                self.deadline = time.monotonic() + LAST_OUTPUT_SECONDS
-                if self.terminal:
-                    self.terminal.drain()
-
-    def end_output(self, out: Pump, ready: "dict[int, int]") -> None:
-        """Give up the last output if nobody reads it after a stop, or if none comes.
-
-        Without this, whoever outside holds the container's terminal open would hold run() here.
-        """
-        if self.stopped_by or not out.held and not ready.get(out.source):
-            out.ended = True
-        else:  # there is a reader, though a slow one
-            self.deadline = time.monotonic() + LAST_OUTPUT_SECONDS
-
-    def forward(self, number: int) -> None:
-        """Pass a signal on to PID 1; init would ignore it, so it waits for the command."""
-        if not self.started:
-            self.early_signals.append(number)
-        elif self.wstatus is None:
-            call("kill", self.pid, Flag(FORWARDED[number], number), why="pass the signal on")
-
-    def stop(self, number: int) -> None:
-        """Pass on the first of STOPPING and start the timeout; kill at the next, unless it is HUP."""
-        name = FORWARDED[number]
-        if self.wstatus is not None:
-            if self.terminal:  # its last output waits for a reader who is stuck: drop it
-                self.terminal.out.ended = True
-        elif self.stopped_by:
-            if number != signal.SIGHUP:
-                self.kill(f"{name}, the second signal: killed")
-        else:
-            self.stopped_by = number
-            if self.started:
-                self.deadline = time.monotonic() + self.options.stop_timeout
-                self.forward(number)
-            else:
-                self.kill(f"{name} before the command was started")
+                return
+            request, number = "PTRACE_CONT", os.WSTOPSIG(wstatus)  # a signal, which it is to have
+            event = wstatus >> 16  # PTRACE_EVENT_* of <linux/ptrace.h>
+            if event == 4:  # _EXEC
+                self.refuse_python()
+                request, number = "PTRACE_DETACH", 0
+            elif event:  # _STOP: it stays stopped until SIGCONT
+                request, number = "PTRACE_LISTEN", 0
+            attempt(call, "ptrace", request, self.pid, 0, number, why="let it go on")  # or it was killed meanwhile
 
     def kill(self, message: str) -> None:
         """Kill the container, and say which step ended it: last, as stderr may be a stopped terminal."""
-        call("kill", self.pid, SIGKILL, why="with PID 1 the kernel kills all of its namespace")
+        call("kill", self.pid, "SIGKILL", why="with PID 1 the kernel kills all of its namespace")
         self.deadline = None
         log.warning(message)
 
@@ -2550,8 +2382,10 @@ class Container:
         """Leave no process and no changed terminal behind, also when run() fails half-way."""
         try:
             if self.wstatus is None:
-                call("kill", self.pid, SIGKILL, why="run() has failed: no container without it")
-                call("waitpid", self.pid, NO_FLAGS, why="until it is gone")
+                call("kill", self.pid, "SIGKILL", why="run() has failed: no container without it")
+                while self.wstatus is None:
+                    wstatus = call("waitpid", self.pid, "0", why="until it is gone")[1]
+                    self.wstatus = None if os.WIFSTOPPED(wstatus) else wstatus
         finally:
             if self.terminal:
                 self.terminal.restore()
@@ -2564,227 +2398,91 @@ def enter_user_namespace() -> None:
     """
     uid, gid = os.geteuid(), os.getegid()
     try:
-        call("unshare", CLONE_NEWUSER, why="a user namespace: in it, its maker is root")
+        call("unshare", "CLONE_NEWUSER", why="a user namespace: in it, its maker is root")
         write_file("/proc/self/setgroups", "deny", "the kernel wants this before a gid_map")
         write_file("/proc/self/gid_map", f"0 {gid} 1", "group 0 inside is the caller's")
         write_file("/proc/self/uid_map", f"0 {uid} 1", "user 0 inside is the caller")
-    except CallError as error:
-        hint = "with sudo it works"
-        for setting, bad, good in (
-            ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
-            ("kernel.unprivileged_userns_clone", "0", "1"),
-            ("user.max_user_namespaces", "0", "15000"),
-        ):
+    except OSError as error:
+        hint = "with sudo it works" if uid else "in a container: start that one with --privileged"
+        for row in ("kernel.apparmor_restrict_unprivileged_userns 1 0", "kernel.unprivileged_userns_clone 0 1",
+                    "user.max_user_namespaces 0 15000"):  # fmt: skip
+            setting, bad, good = row.split()
             path = "/proc/sys/" + setting.replace(".", "/")  # not every kernel has each of them
             if (attempt(read_file, path, "what forbids it") or "").strip() == bad:
                 hint = f"{setting} = {bad} forbids it: sudo sysctl {setting}={good}, or use sudo"
-        raise Failure(str(error), hint) from None
-
-
-def prepare(options: Options) -> None:
-    """Refuse what cannot work, and fill in what follows from the rest, before anything is done."""
-    if os.readlink("/proc/self") != str(os.getpid()):  # we would take strangers for our processes
-        raise Failure("/proc is that of another pid namespace", "mount -t proc proc /proc")
-    if options.memory is None and options.memory_swap is not None:
-        raise Failure("--memory-swap: it is memory plus swap, so it needs --memory")
-    if options.memory is not None:
-        if options.memory_swap is None:
-            options.memory_swap = min(2 * options.memory, (1 << 63) - 4096)
-        elif -1 < options.memory_swap < options.memory:
-            swap, memory = show_size(options.memory_swap), show_size(options.memory)
-            raise Failure(f"--memory-swap: {swap} is less than --memory, {memory}: it is both together")
-    for path in options.rootfs:
-        if not os.path.isdir(path):
-            raise Failure(f"--rootfs {path}: {'not a' if os.path.lexists(path) else 'no such'} directory")
-        if options.upperdir and is_below(os.path.realpath(layer_of(options)), (os.path.realpath(path),)):
-            raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
-    for source, target, _ in options.volume:
-        if not os.path.exists(source):
-            raise Failure(f"--volume {source}:{target}: there is no {source}")
-    if options.upperdir and options.is_bound_view():
-        raise Failure("--upperdir: without root the view of the host is read-only", "--rootfs, or sudo")
-    if options.pidfile and os.path.lexists(options.pidfile):  # one that was left by a killed run
-        path = options.pidfile
-        pid = read_file(path, "is it a pidfile").strip() if os.path.isfile(path) else "-"
-        if pid and not is_number(pid):
-            raise Failure(f"--pidfile {path}: it exists and holds something other than a pid: not replaced")
-        theirs = attempt(os.stat, f"/proc/{pid or 0}/ns/pid")
-        if theirs and not os.path.samestat(theirs, os.stat("/proc/self/ns/pid")):
-            raise Failure(f"--pidfile {path}: in use by the container of process {pid}")
+        raise Failure(error.strerror, hint) from None
 
 
 def lock_upperdir(options: Options) -> None:
     """Make what --upperdir needs and lock it until this process ends: one container at a time."""
-    layer, why = layer_of(options), f"--upperdir {options.upperdir}"
-    call("makedirs", layer, MODE_700, True, why=why)  # True: it may exist, or be made by another run just now
-    fd = call("open", layer, O_RDONLY | O_NOFOLLOW, why=why)
+    layer, why = f"{options.upperdir}/layer", f"--upperdir {options.upperdir}"
+    call("makedirs", layer, 0o700, True, why=why)  # True: it may exist, or be made by another run just now
+    fd = call("open", layer, "O_RDONLY|O_DIRECTORY|O_NOFOLLOW|O_CLOEXEC", why=why)
     status = os.fstat(fd)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise Failure(f"{why}: {layer} is open to others, who could use its setuid programs: refused")
     try:
-        call("flock", fd, LOCK_EX_NB, why=why)
-    except CallError as error:
-        if error.errno != errno.EWOULDBLOCK:
-            raise
+        call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
+    except BlockingIOError:
         raise Failure(f"{why}: another container is using it") from None
+    options.layer_lock = fd
 
 
-def write_pidfile(path: str, pid: int) -> None:
-    """Write the host's pid of PID 1: nsenter -t $(cat FILE) -a enters the container."""
-    fd = call("open", path, O_REPLACE | O_NOFOLLOW, MODE_644, why=f"--pidfile {path}")
+def write_pidfile(path: str, pid: int, undo: "list") -> None:
+    """Write the host's pid of PID 1 to a file that is locked, and so ours, until its removal at the end.
+
+    All by a descriptor of its directory: what others make of the path meanwhile does not matter.
+    """
+    directory, name = os.path.split(path)
+    why = f"--pidfile {path}"
+    place = f"{at(open_path(directory or '.', why, 'O_DIRECTORY|'))}/{name}"
+    flags = "O_RDWR|O_CREAT|O_NOFOLLOW|O_NONBLOCK|O_NOCTTY|O_CLOEXEC"
+    fd = call("open", place, flags, 0o644, why=why)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
+        raise Failure(f"{why}: it exists, and is not a file of the caller's own: not replaced")
     try:
-        call("write", fd, b"%d\n" % pid, why=f"--pidfile {path}")
-    except CallError:  # a full disk
-        attempt(remove_pidfile, path)
-        raise
-    finally:
-        os.close(fd)
+        call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
+    except BlockingIOError:
+        raise Failure(f"{why}: in use by another container") from None
+    if os.read(fd, 32).strip(b"0123456789\n"):
+        raise Failure(f"{why}: it exists, and holds something other than a pid: not replaced")
+    undo.append(lambda: call("unlink", place, why="the --pidfile of a container that is gone"))
+    os.ftruncate(fd, 0)
+    call("pwrite", fd, b"%d\n" % pid, 0, why=why)
 
 
-def remove_pidfile(path: str) -> None:
-    """Remove the file that write_pidfile() wrote. Raises CallError."""
-    call("unlink", path, why="the --pidfile of a container that is gone")
+# ---- Command line: print_help --------------------------------------------------------------------
 
-
-def run(options: Options, argv: "list[str]") -> int:
-    """Run `argv` in a new container; return the exit status that docker run would have."""
-    prepare(options)
-    caller_mask, signal_fd = watch_signals()
-    cgroups = Cgroups(options)
-    container, pidfile = None, ""
-    try:
-        if options.upperdir:
-            lock_upperdir(options)
-        cgroups.create()
-        if options.rootless:
-            enter_user_namespace()
-        call("unshare", CLONE_NEWPID, why="the next child is PID 1 of a new pid namespace")
-        pipes = Pipes()
-        # nothing is buffered here that the child would write again: all our output is by os.write
-        pid = call("fork", why="the child goes on with the code that is here: no second interpreter")
-        if pid == 0:
-            try:
-                send_failure(init(options, cgroups, pipes, caller_mask), pipes.status_write)
-            finally:
-                os._exit(EXIT_MYDOCKER)  # a child that went on here would clean up for the parent
-        os.close(pipes.command_read)
-        os.close(pipes.status_write)  # the other end reads EOF when init's copy is closed, too
-        container = Container(options, argv, pid, pipes, signal_fd)
-        if options.pidfile:
-            write_pidfile(options.pidfile, pid)
-            pidfile = options.pidfile
-        cgroups.hurry_join()
-        wstatus = container.supervise()
-    finally:  # whatever fails in here is a warning: the status is the command's
-        if container:
-            tolerate(container.end)
-            tolerate(cgroups.report, container)
-        if pidfile:
-            tolerate(remove_pidfile, pidfile)
-        tolerate(cgroups.remove)
-    if container.received:
-        raise parse_failure(container.received)
-    if os.WIFSIGNALED(wstatus):
-        return EXIT_SIGNAL + os.WTERMSIG(wstatus)
-    return os.WEXITSTATUS(wstatus)
-
-
-# ---- Command line: print_help, init_by_hand, main ------------------------------------------------
 
 def print_help(of_run: bool) -> None:
     """Describe the command line. argparse is imported here only: nothing else needs it."""
     import argparse
 
+    status = ("Exit status: the command's; 125 when mydocker failed, 126 when the command cannot be executed, "
+              "127 when it is not found, 128+n when signal n killed it.")  # fmt: skip
     parser = argparse.ArgumentParser(
-        prog="mydocker.py",
-        usage=USAGE,
+        prog="mydocker.py", usage=USAGE, epilog=status if of_run else f"{SEE_HELP}.", add_help=False,
         description="Run COMMAND in a new container; the first word that is no option begins it.",
-        epilog="Exit status: the command's; 125 when mydocker failed, 126 when the command cannot be "
-        "executed, 127 when it is not found, 128+n when signal n killed it."
-        if of_run
-        else f"{SEE_HELP}.",
-    )
+    )  # fmt: skip
+    parser.add_argument("--help", action="help", help="show this")
     if not of_run:
-        parser.add_argument("--version", action="version", version=VERSION)
-    for option in OPTIONS if of_run else ():
+        parser.add_argument("--version", action="version", version=VERSION, help="show the version")
+    for option in TABLE if of_run else ():
         kind = {"metavar": option.metavar} if option.metavar else {"action": "store_true"}
-        parser.add_argument(*option.names, help=option.text, **kind)
+        parser.add_argument(*option.names, help=option.text.replace("%", "%%"), **kind)
     print(parser.format_help(), end="")  # by print_help, an error of stdout would be lost
-
-
-def init_by_hand(words: "list[str]") -> None:
-    """Be `mydocker.py init FD`: become a container whose command comes by pipe FD, where that is safe.
-
-    Safe is PID 1 of a pid namespace, in a mount namespace, neither of them the host's.
-    """
-    pid_ns, mnt_ns = (os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "mnt"))
-    first_mnt_ns = 0xF0000001  # up to here are the numbers of those that the kernel booted with
-    of_host = pid_ns == 0xEFFFFFFC or mnt_ns <= first_mnt_ns  # PROC_PID_INIT_INO: the host's, on any kernel
-    try:
-        if os.readlink("/proc/self") != "1":  # this /proc is an ancestor's, whose PID 1 has the host's
-            of_host = of_host or os.stat("/proc/1/ns/mnt").st_ino == mnt_ns
-    except OSError:
-        of_host = True  # not ours to see, so not a place that was made for us
-    if os.getpid() != 1 or of_host:
-        raise Failure("init: only for PID 1 of new pid and mount namespaces", "mydocker.py run makes them")
-    fd = int(words[0]) if len(words) == 1 and is_number(words[0]) else -1
-    if not 0 <= fd < 1 << 31 or not stat.S_ISFIFO(os.fstat(fd).st_mode):
-        raise Failure("init: its argument is the descriptor of a pipe", "mydocker.py run makes it")
-    options, pipes = Options(), Pipes()
-    pipes.command_read = os.dup(fd)
-    pipes.own_reader = os.dup(pipes.status_read)
-    raise init(options, Cgroups(options), pipes, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-
-
-def main(words: "list[str]") -> int:
-    """Be the program; return its exit status."""
-    for fd in (0, 1, 2):  # the next file that we open would get the number of a closed one
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)
-    try:
-        if COLUMN < 0:
-            raise Failure(f"the system calls of {os.uname().machine} are not known here")
-        if not words:
-            log.line("error", f"usage: {USAGE}   ({SEE_HELP})")
-            return EXIT_MYDOCKER
-        command, rest = words[0], words[1:]
-        if command == "run":
-            options = Options()
-            try:
-                argv = parse(rest, options)
-            finally:  # for the line about what could not be parsed, too
-                log.set_up(options)
-            if argv:
-                return run(options, argv)
-        if command == "init":
-            init_by_hand(rest)
-        elif command == "--version":
-            print(f"mydocker {VERSION}")
-        elif command in ("run", "-h", "--help"):  # run without argv: help was asked for
-            print_help(command == "run")
-        else:
-            raise Failure(f"there is no command {command}", SEE_HELP)
-        if sys.stdout:  # None when the caller closed it
-            sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt:
-        return EXIT_SIGNAL + int(signal.SIGINT)
-    except Exception as error:
-        failure = as_failure(error)
-        log.failure(failure)
-        return failure.status
 
 
 def main_after_script(*_: object) -> None:
     """Be the program as sys.excepthook, which Python calls when the script has been left."""
-    give_back_memory()
+    if hasattr(_libc, "malloc_trim"):  # glibc: give freed memory back to the kernel
+        _libc.malloc_trim(0)
     os._exit(main(sys.argv[1:]))  # all is flushed: to take the interpreter apart in order costs 2 ms
 
 
 if __name__ == "__main__":
     # Left by an exception, because Python keeps the syntax tree of a script for as long as it runs:
-    # 6 MiB that every run() would hold while it waits.
+    # 4 MiB that every run() would hold while it waits.
     sys.excepthook = main_after_script
     raise SystemError("this is no error: main_after_script() goes on")

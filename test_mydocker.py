@@ -291,11 +291,6 @@ def injecting(call, what):
     return ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{what}"]
 
 
-def without_mount_setattr():
-    """The beginning of a command line in which the kernel is one before Linux 5.12."""
-    return injecting("mount_setattr", "error=ENOSYS") if KERNEL >= (5, 12) else []
-
-
 @contextlib.contextmanager
 def mounted(path, kind="tmpfs"):
     """A filesystem of the host on a directory."""
@@ -415,20 +410,27 @@ def mounts_of(pid):
     return [row for row in read(f"/proc/{pid}/mountinfo").split("\n") if " /run/user/" not in row]
 
 
+def is_locked(directory):
+    """Whether somebody holds the lock of a container's cgroup: run() does as long as it lives."""
+    fd = os.open(str(directory), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
 def cgroups_left():
-    """What runs that have ended left of NAME.PID.START, and of the mydocker above it."""
+    """What runs that have ended left of their mydocker-NAME."""
     found = set()
     for point in set(cgroup_mounts().values()):
-        for directory, below, _ in os.walk(point):
-            parent, name = os.path.split(directory)
-            if not os.access(parent, os.W_OK):
-                continue  # another user's
-            if name == "mydocker" and not below:
-                found.add(directory)
-            elif parent.endswith("/mydocker"):
-                owner = name.split(".")[-2:]
-                if len(owner) != 2 or start_time(owner[0]) != owner[1]:
-                    found.add(directory)
+        for parent, below, _ in os.walk(point):
+            for name in below if os.access(parent, os.W_OK) else ():  # else another user's
+                with contextlib.suppress(FileNotFoundError):
+                    if name.startswith("mydocker-") and not is_locked(os.path.join(parent, name)):
+                        found.add(os.path.join(parent, name))
     return found
 
 
@@ -597,7 +599,7 @@ def cli(anybody):
     return anybody.cli
 
 
-@pytest.mark.parametrize("words", ["--help", "-h", "-ti --help", "-m 100m -h", "--help true"])
+@pytest.mark.parametrize("words", ["--help", "-ti --help", "-m 100m --help", "--help true"])
 def test_help_names_every_option(cli, words):
     result = cli("run", *words.split())
     assert (result.status, result.err) == (0, "")
@@ -650,16 +652,13 @@ def test_nothing_at_all_prints_the_usage(cli):
         ("run -m 10mbb true", "10mbb"),
         ("run -m nan true", "nan"),
         ("run -m inf true", "inf"),
-        ("run -m 0 true", "0"),
         ("run -m 99999999999t true", "99999999999t"),
         ("run --memory-swap 10m true", "--memory-swap"),
         ("run -m 20m --memory-swap 10m true", "--memory-swap"),
         ("run --memory-swappiness 101 true", "101"),
-        ("run --memory-swappiness -1 true", "-1"),
         ("run -c 1 true", "1"),
         ("run -c 262145 true", "262145"),
         ("run -cpushare many true", "many"),
-        ("run --cpus 0 true", "0"),
         ("run --cpus 0.001 true", "0.001"),
         ("run --cpus 99999 true", "99999"),
         ("run --cpus nan true", "nan"),
@@ -688,7 +687,6 @@ def test_nothing_at_all_prints_the_usage(cli):
         (f"run --hostname {'h' * 65} true", "hostname"),
         ("run --name -x true", "-x"),
         ("run --name a/b true", "a/b"),
-        ("run --name= true", "name"),
         ("run --network bridge true", "bridge"),
         ("run --cap-add NOSUCH true", "NOSUCH"),
         ("run --cap-drop CAP_NOSUCH true", "NOSUCH"),
@@ -725,10 +723,10 @@ def program():
     return module
 
 
-def test_a_machine_without_any_cgroups_is_no_error(program, monkeypatch):
-    """A stand-in: /proc/self/cgroup is empty where no hierarchy was ever mounted, which is nowhere here."""
-    monkeypatch.setattr(program, "read_file", lambda path, why: "")
-    assert program.find_hierarchies() == {}
+@root_only
+def test_a_machine_without_any_cgroups_is_no_error(busybox):
+    around = ["unshare", "-m", "sh", "-c", 'umount -l /sys/fs/cgroup && exec "$@"', "sh"]
+    assert busybox.under(around, "echo", "fine") == Result(0, "fine\n", "")
 
 
 @pytest.mark.parametrize(
@@ -754,14 +752,6 @@ def test_what_is_no_size_is_refused(program, text):
         program.parse_size(text)
 
 
-@pytest.mark.parametrize(
-    "shares, weight",
-    [(2, 1), (10, 4), (512, 59), (1024, 100), (4096, 303), (262144, 10000)],
-)
-def test_cpu_shares_become_the_weight_that_runc_and_crun_give_them(program, shares, weight):
-    assert program.shares_to_weight(shares) == weight
-
-
 def readme_table(*heading):
     """The rows of the table in README.md with that heading, a list of cells each."""
     lines = iter((HERE / "README.md").read_text().splitlines())
@@ -775,37 +765,50 @@ def in_backticks(names):
     return ", ".join(f"`{name}`" for name in names)
 
 
-def test_the_readme_has_every_option_and_no_other(program):
+def help_rows(cli):
+    """What `run --help` says: names, what the option takes, its text, of each option but --help."""
+    blocks = re.findall(r"^  (-.*(?:\n   +.*)*)", cli("run", "--help").out, re.MULTILINE)
+    rows = []
+    for block in blocks[1:]:
+        names, _, text = re.sub(r"\n +", "  ", block).partition("  ")
+        names = names.split(", ")
+        rows.append(([name.split(" ")[0] for name in names], names[-1].partition(" ")[2], text))
+    return rows
+
+
+def test_the_readme_has_every_option_and_no_other(cli):
     rows = readme_table("option", "value", "default", "meaning")
-    assert [row[0] for row in rows] == [in_backticks(option.names) for option in program.OPTIONS]
-    assert [bool(row[1]) for row in rows] == [bool(option.metavar) for option in program.OPTIONS]
-    repeated = [option.repeat for option in program.OPTIONS]
-    assert ["repeatable" in row[1] for row in rows] == repeated
+    told = help_rows(cli)
+    assert len(told) > 30
+    assert [row[0] for row in rows] == [in_backticks(names) for names, _, _ in told]
+    assert [bool(row[1]) for row in rows] == [bool(takes) for _, takes, _ in told]
+    assert ["repeatable" in row[1] for row in rows] == [takes.endswith("...") for _, takes, _ in told]
 
 
-def test_the_readme_has_the_defaults(program):
+def test_the_readme_and_the_help_have_the_defaults(cli):
     rows = readme_table("option", "value", "default", "meaning")
     said = {row[0].split("`")[-2]: row[2].strip("`") for row in rows}
-    defaults = program.Options()
-    for name in "--stop-timeout", "--network", "--log-format":
-        option = next(option for option in program.OPTIONS if name in option.names)
-        value = getattr(defaults, option.dest)
-        assert said[option.names[-1]] == (f"{value:g}" if isinstance(value, float) else value)
-    assert said["--pids-limit"] == str(defaults.pids_limit)
+    told = {names[-1]: re.search(r"\(default: (\w+)\)", text) for names, _, text in help_rows(cli)}
+    for name in "--stop-timeout", "--net", "--log-format", "--pids-limit", "--shm-size":
+        assert said[name] == told[name][1]
 
 
-def test_the_help_says_what_the_defaults_are(program):
-    text = {option.dest: option.text for option in program.OPTIONS}
-    assert f"(default: {program.Options.stop_timeout:g})" in text["stop_timeout"]
-    assert f"(default: {program.Options.pids_limit})" in text["pids_limit"]
+LIMIT_FILES = {  # option: controller, file of v1, file of v2
+    "--memory": ("memory", "memory.limit_in_bytes", "memory.max"),
+    "--memory-swap": ("memory", "memory.memsw.limit_in_bytes", "memory.swap.max"),
+    "--memory-swappiness": ("memory", "memory.swappiness", "memory.swap.max"),
+    "--cpushare": ("cpu", "cpu.shares", "cpu.weight"),
+    "--cpus": ("cpu", "cpu.cfs_quota_us", "cpu.max"),
+    "--cpuset": ("cpuset", "cpuset.cpus", "cpuset.cpus"),
+    "--cpuset-mems": ("cpuset", "cpuset.mems", "cpuset.mems"),
+    "--pids-limit": ("pids", "pids.max", "pids.max"),
+}
 
 
-def test_the_readme_has_every_limit_with_its_files(program):
+def test_the_readme_has_every_limit_with_its_files():
     rows = readme_table("option", "controller", "cgroup v1 file", "cgroup v2 file")
-    assert rows == [
-        [in_backticks(limit.names), limit.controller, *map("`{}`".format, limit.files.values())]
-        for limit in program.LIMITS
-    ]
+    said = {row[0].split("`")[-2]: tuple(cell.strip("`") for cell in row[1:]) for row in rows}
+    assert said == LIMIT_FILES
 
 
 def test_the_readme_names_functions_that_are_there(program):
@@ -1057,7 +1060,7 @@ def test_more_layers_than_mount_takes_are_refused(busybox):
 
 @root_only
 @pytest.mark.parametrize(
-    "error, said", [("ENODEV", "modprobe overlay"), ("EINVAL", "on overlay"), ("EPERM", "Linux 5.11")]
+    "error, said", [("ENODEV", "modprobe overlay"), ("EINVAL", "on overlay"), ("ELOOP", "the same directory twice")]
 )
 def test_an_overlay_that_the_kernel_refuses_is_told_with_the_reason(busybox, error, said):
     told, _ = steps(busybox("--explain", "true").err)
@@ -1270,15 +1273,15 @@ os.execvp(sys.argv[3], sys.argv[3:])"""
 
 
 @root_only
-@pytest.mark.parametrize("user, told", [("0", True), ("1000", False)], ids=["dead", "a users"])
-def test_a_filesystem_that_cannot_be_seen_is_not_shown(mydocker, user, told):
+@pytest.mark.parametrize("user", ["0", "1000"], ids=["dead", "a users"])
+def test_a_filesystem_that_cannot_be_seen_is_not_shown(mydocker, user):
     if not os.path.exists("/dev/fuse"):
         pytest.skip("this kernel has no FUSE")
     directory = mydocker.path("remote")
     words = [PYTHON, "-c", MOUNT_FUSE, str(directory), user, *mydocker.words("run", "echo", "fine")]
     result = ended(mydocker.popen(["unshare", "--mount", *words]))
     assert result[:2] == (0, "fine\n")
-    assert [str(directory) in line for line in result.err.splitlines()] == [True] * told
+    assert [str(directory) in line for line in result.err.splitlines()] == [True]
 
 
 @root_only
@@ -1320,24 +1323,16 @@ def test_without_root_every_mount_of_the_hosts_is_read_only_inside(mydocker):
 
 
 @user_only
-def test_without_root_they_are_so_on_a_kernel_without_mount_setattr(mydocker):
-    """Each keeps the flags that are locked in a user namespace, or the kernel would refuse."""
-    result = mydocker.under(without_mount_setattr(), "cat", "/proc/self/mountinfo", cwd="/")
-    assert result.status == 0, result
-    assert writable(result.out) == []
-
-
-@user_only
 @pytest.mark.parametrize("place", ["/tmp", "/run", "/dev/shm"])
 def test_without_root_a_few_places_are_writable_and_the_containers_own(mydocker, place):
     name = f"mydocker-test-{os.urandom(4).hex()}"
-    assert mydocker(*SH, f": >{place}/{name} && ls {place}", cwd="/").out.split() == [name]
+    assert mydocker(*SH, f": >{place}/{name} && ls {place}", cwd="/").out.split() in ([name], ["lock", name])
     assert not os.path.exists(f"{place}/{name}")
 
 
 def test_the_hosts_sockets_in_run_are_not_visible(mydocker):
     assert os.listdir("/run")
-    assert mydocker("ls", "-A", "/run").out == ""
+    assert mydocker("ls", "-A", "/run").out == "lock\n"
 
 
 @pytest.mark.parametrize("how", [(), ("--explain",), ("--log-format", "json")], ids=" ".join)
@@ -1380,20 +1375,6 @@ def test_a_read_only_volume_cannot_be_made_writable_through_a_mount_below(busybo
     with mounted_below(busybox) as (source, below):
         result = busybox("-v", f"{source}:/mnt:ro", *SH, "echo x >/mnt/below/file")
         assert result.status != 0 and os.listdir(str(below)) == []
-
-
-def test_a_read_only_volume_is_read_only_on_a_kernel_without_mount_setattr(busybox):
-    """Linux before 5.12."""
-    volume = f"{busybox.path('source')}:/mnt:ro"
-    result = busybox.under(without_mount_setattr(), "-v", volume, *SH, ": >/mnt/new")
-    assert result.status == 1 and "Read-only file system" in result.err
-
-
-@root_only
-def test_the_mounts_below_a_read_only_volume_are_so_on_a_kernel_without_mount_setattr(busybox):
-    with mounted_below(busybox) as (source, below):
-        result = busybox.under(without_mount_setattr(), "-v", f"{source}:/mnt:ro", *SH, ": >/mnt/below/new")
-    assert result.status == 1 and "Read-only file system" in result.err
 
 
 def test_a_volume_brings_the_mounts_below_it(busybox):
@@ -1479,16 +1460,17 @@ def test_a_volume_shows_the_hosts_tmp_in_the_hosts_view(mydocker):
 
 
 @root_only
-def test_a_host_whose_tmp_is_a_symlink_will_do(busybox):
-    """The root is assembled over it, and it has to be found again when "/" is another."""
+def test_a_host_without_tmp_will_do(busybox):
     script = """mount -t tmpfs none "$0" && cd "$0" && mkdir upper work root &&
         mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work none root && cd root &&
-        rm -rf tmp && ln -s /var/tmp tmp && mount -t proc none proc &&
-        mount --rbind /sys sys && mount --rbind /dev dev && exec chroot . "$@" """
+        rm -rf tmp && mount -t proc none proc && mount --rbind /sys sys && mount --rbind /dev dev &&
+        mkdir old && pivot_root . old && cd / && umount -l /old && exec "$@" """
     if len({os.stat(str(path)).st_dev for path in ("/", PROGRAM, busybox.rootfs, busybox.python)}) > 1:
         pytest.skip("all on one filesystem")
+    if str(PROGRAM).startswith("/tmp/"):
+        pytest.skip("the program itself is in /tmp")
     around = ["unshare", "--mount", "sh", "-c", script, busybox.path("host")]
-    assert busybox.under(around, "-v", "/tmp:/volume", "echo", "fine") == Result(0, "fine\n", "")
+    assert busybox.under(around, "-v", "/var:/volume", "echo", "fine") == Result(0, "fine\n", "")
 
 
 def test_a_tmpfs_is_empty_writable_and_careful(busybox):
@@ -1604,7 +1586,7 @@ def test_another_user_than_the_caller_is_refused_with_the_reason(busybox):
     assert "--user 1000" in said and "without root there is but one user" in said and "sudo" in said
 
 
-@pytest.mark.parametrize("user", ["bob", "ann:nogroup", "bob:users", ":", "-1"])
+@pytest.mark.parametrize("user", ["bob", "ann:nogroup", "bob:users", "-1"])
 def test_an_unknown_user_or_group_is_an_error(staff, user):
     assert "user" in refusal(staff("-u", user, "true"))
 
@@ -1639,11 +1621,12 @@ def test_network_host_brings_the_hosts_names(busybox, name):
 
 
 @root_only
-@pytest.mark.parametrize("name", ["resolv.conf", "hosts"])
-def test_network_host_brings_the_hosts_names_read_only(busybox, name):
+@pytest.mark.parametrize("name", ["resolv.conf", "hosts", "hostname"])
+def test_network_host_brings_copies_of_the_hosts_names(busybox, name):
     need(os.path.exists(f"/etc/{name}"), f"/etc/{name}")
-    result = busybox("--network", "host", *SH, f": >>/etc/{name}")  # opened only, never written to
-    assert result.status != 0 and "Read-only file system" in result.err
+    before = read(f"/etc/{name}")
+    assert busybox.out("--network", "host", *SH, f"echo more >>/etc/{name}; tail -n 1 /etc/{name}") == "more\n"
+    assert read(f"/etc/{name}") == before
 
 
 @pytest.mark.parametrize("name", ["resolv.conf", "hosts"])
@@ -1668,7 +1651,7 @@ def test_cgroups_of_both_versions_are_shown_beside_each_other(busybox):
     around = ["unshare", "--mount", "sh", "-c", 'umount /sys/fs/cgroup/pids && exec "$@"', "sh"]
     script = "cd /sys/fs/cgroup; ls; cat memory/memory.limit_in_bytes"
     result = busybox.under(around, "-m", "64m", *SH, script)
-    assert result == Result(0, f"memory\nunified\n{64 * MIB}\n", "")
+    assert result == Result(0, f"cpu\ncpuacct\ncpuset\nmemory\nunified\n{64 * MIB}\n", "")
 
 
 @user_only
@@ -1705,7 +1688,7 @@ def test_the_pidfile_of_a_living_container_is_not_taken_over(busybox):
         container.line()
         pid1 = container.pid1
         said = refusal(busybox("--pidfile", container.pidfile, "true"))
-        assert f"in use by the container of process {pid1}" in said
+        assert "in use" in said
         assert container.pidfile.read_text() == f"{pid1}\n"
 
 
@@ -1728,7 +1711,7 @@ def test_nsenter_enters_by_the_pidfile(busybox):
     words = ("--hostname", "entered", *IDLE)
     with busybox.start(*words) as container:
         container.line()
-        command = ["nsenter", "-t", str(container.pid1), "-a", "/bin/hostname"]
+        command = ["nsenter", "-t", str(container.pid1), "-u", "hostname"]  # -a would run what is inside
         assert subprocess.check_output(command, cwd="/") == b"entered\n"
 
 
@@ -1826,10 +1809,7 @@ def test_minus_one_is_no_limit_of_processes(busybox):
     with busybox.start("--pids-limit", "-1", "-m", "50m", *IDLE) as container:
         container.line()
         inside = cgroup_of(container.pid1, "pids")
-        if version("pids") == 1:
-            assert inside == cgroup_of(os.getpid(), "pids")
-        else:
-            assert read(inside / "pids.max") in ("max\n", "")
+        assert read(inside / "pids.max") in ("max\n", "")
 
 
 @root_only
@@ -1842,15 +1822,22 @@ def test_a_hierarchy_without_a_limit_is_left_alone(busybox, controller):
         assert cgroup_of(container.pid1, controller) == cgroup_of(os.getpid(), controller)
 
 
+def own_cgroup(container, controller):
+    """The cgroup of a container that has its limits: on v2 its processes are one level below."""
+    inside = cgroup_of(container.pid1, controller)
+    return inside if version(controller) == 1 else inside.parent
+
+
 @root_only
-def test_the_cgroup_is_named_after_the_container_and_its_owner(busybox):
+def test_the_cgroup_is_named_after_the_container_and_locked_while_it_lives(busybox):
     words = ("--name", "box", "-m", "50m", *IDLE)
     with busybox.start(*words) as container:
         container.line()
-        pid = container.process.pid
-        name = f"box.{pid}.{start_time(pid)}"
-        parts = cgroup_of(container.pid1, "memory").parts
-        assert "mydocker" in parts and name in parts
+        own = own_cgroup(container, "memory")
+        assert own.name == "mydocker-box" and is_locked(own)
+        if version("memory") == 2:
+            assert cgroup_of(container.pid1, "memory").name == "container"
+    assert not own.exists()
 
 
 @root_only
@@ -1866,7 +1853,7 @@ def test_v1_cgroups_are_below_the_callers_own(busybox):
     try:
         with busybox.start("-m", "50m", *IDLE, preexec_fn=become) as container:
             container.line()
-            assert cgroup_of(container.pid1, "memory").parent == job / "mydocker"
+            assert cgroup_of(container.pid1, "memory").parent == job
     finally:
         job.rmdir()
 
@@ -1902,9 +1889,7 @@ def test_a_command_beyond_its_memory_is_killed_and_the_reason_told(busybox):
     result = busybox("-m", "50m", *SH, "exec " + HOG.format("100M"))
     assert result.status == 137
     said = "mydocker: out of memory: the kernel killed 1 process at the 50 MiB limit"
-    if version("memory") == 1 or KERNEL >= (5, 19):  # which brought v2 a memory.peak
-        said += r" \(peak (49|50)(\.\d+)? MiB\)"
-    assert re.fullmatch(f"{said}.*\n", result.err), result
+    assert re.fullmatch(f"{said}; files .* count, too: --upperdir and -v .*\n", result.err), result
 
 
 @root_only
@@ -2070,16 +2055,6 @@ def test_a_limit_that_the_kernel_refuses_ends_the_run(busybox):
     assert "--cpus" in said and "Invalid argument" in said
 
 
-def test_a_limit_that_reads_back_as_another_is_an_error_naming_both(program, tmp_path):
-    """/dev/null takes any value and gives none back."""
-    hierarchy = program.Hierarchy("pids", str(tmp_path), str(tmp_path))
-    hierarchy.directory = str(tmp_path)
-    (tmp_path / "pids.max").symlink_to("/dev/null")
-    (limit,) = (limit for limit in program.LIMITS if limit.dest == "pids_limit")
-    with pytest.raises(program.Failure, match="--pids-limit: the kernel .* 5 .*/pids.max"):
-        program.Cgroups(program.Options()).set_limit(limit, "5", hierarchy)
-
-
 @root_only
 def test_a_limit_that_the_kernel_makes_another_of_ends_the_run(busybox):
     if version("memory") != 2:
@@ -2129,25 +2104,19 @@ def test_a_cgroup_parent_that_is_not_there_is_an_error(busybox):
 
 
 @root_only
-def test_the_next_run_sweeps_the_empty_cgroups_of_the_dead_only(busybox):
+def test_the_next_runs_sweep_what_the_dead_left_and_nothing_of_the_living(busybox):
     with busybox.start("-m", "50m", *IDLE) as container:
         container.line()
-        own = cgroup_of(container.pid1, "memory")
-        while own.parent.name != "mydocker":
-            own = own.parent
-        start = start_time(os.getpid())
-        corpse = subprocess.Popen(["true"])
-        corpse.wait()
-        dead = own.parent / f"dead.{corpse.pid}.1"
-        alive = own.parent / f"alive.{os.getpid()}.{start}"
-        recycled = own.parent / f"recycled.{os.getpid()}.{int(start) + 1}"
-        made = [dead, alive, recycled]
+        own = own_cgroup(container, "memory")
+        dead = own.parent / "mydocker-dead"
+        foreign = own.parent / "foreign-mydocker-x"
+        made = [dead, foreign]
         try:
             for path in made:
                 path.mkdir()
-            busybox.out("-m", "50m", "true")
-            left = [path.name for path in [own, *made] if path.exists()]
-            assert left == [own.name, alive.name]
+            for _ in range(8):  # each looks at a few, beginning elsewhere
+                busybox.out("-m", "50m", "true")
+            assert [path.name for path in [own, *made] if path.exists()] == [own.name, foreign.name]
         finally:
             for path in made:
                 with contextlib.suppress(FileNotFoundError):
@@ -2155,19 +2124,13 @@ def test_the_next_run_sweeps_the_empty_cgroups_of_the_dead_only(busybox):
 
 
 @root_only
-@pytest.mark.parametrize("name", ["foreign", "foo.{pid}", "a.{pid}.", ".{pid}.x", "a.b.c"])
-def test_a_cgroup_that_is_none_of_ours_is_in_nobodys_way_and_never_swept(busybox, name):
-    corpse = subprocess.Popen(["true"])
-    corpse.wait()
+def test_a_name_that_a_killed_run_left_can_be_used_again(busybox):
     with busybox.start("-m", "50m", *IDLE) as container:
         container.line()
-        foreign = cgroup_of(container.pid1, "memory").parent / name.format(pid=corpse.pid)
-        foreign.mkdir()
-        try:
-            assert busybox("-m", "50m", "true") == Result(0, "", "")
-            assert foreign.exists()
-        finally:
-            foreign.rmdir()
+        left = own_cgroup(container, "memory").parent / "mydocker-left"
+        left.mkdir()
+        assert busybox.out("--name", "left", "-m", "50m", "echo", "fine") == "fine\n"
+        assert not left.exists()
 
 
 # ---- Terminal ------------------------------------------------------------------------
@@ -2370,12 +2333,17 @@ def test_a_window_that_is_closed_ends_the_container(busybox):
         wait_until(lambda: window.process.poll() is not None, "run to end")
 
 
-def test_without_t_the_callers_terminal_is_passed_through(busybox):
-    with busybox.terminal("-i", *SH, "echo ready; read a; echo $a; stty -a") as window:
+def test_without_t_the_callers_terminal_stays_outside(busybox):
+    """Whoever holds it can read what is typed next, and change its mode."""
+    script = "echo ready; echo $0 >&2; read a; echo got $a; readlink /proc/self/fd/0 /proc/self/fd/1; ! tty"
+    with busybox.terminal("-i", *SH, script, "stderr") as window:
         window.expect("ready")
+        window.expect("stderr")
         assert not is_raw(window)
         window.type("typed\r")
-        assert window.end().status == 0
+        window.expect("got typed")
+        end = window.end()
+        assert end.status == 0 and "/dev/" not in end.out.replace("/dev/null", "")
 
 
 def test_t_without_i_leaves_the_callers_keyboard_alone(busybox):
@@ -2893,14 +2861,14 @@ def test_explain_shows_the_limits_as_they_are_written(busybox):
 @pytest.mark.parametrize(
     "options, step",
     [
-        (["-v", "/etc:/etc/passwd/x"], r"open\(.* = -1 ENOTDIR "),
+        (["-v", "/etc:/etc/passwd/x"], r"openat2\(.* = -1 ENOTDIR "),
         (["--tmpfs", "/etc/passwd"], r"mount\(.* = -1 ENOTDIR "),
-        (["--pidfile", "/nonexistent/pid"], r'open\("/nonexistent/pid".* = -1 ENOENT '),
+        (["--pidfile", "/nonexistent/pid"], r'open\("/nonexistent".* = -1 ENOENT '),
     ],
 )
 def test_explain_shows_the_call_that_failed(busybox, options, step):
     err = busybox("--explain", *options, "true").err
-    assert err.splitlines()[-1].startswith("mydocker: ")
+    assert "\nmydocker: " in err
     assert re.search(step, err)
 
 
@@ -2924,7 +2892,7 @@ def test_the_json_log_is_one_object_a_line_like_the_books(busybox, words):
         entry = json.loads(line)
         assert set(entry) == {"time", "level", "msg", "source"}
         assert entry["level"] in ("info", "warning", "error")
-        assert re.fullmatch(r"mydocker\.py:\d+", entry["source"])
+        assert re.fullmatch(r"mydocker\.py:(run|init)", entry["source"])
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", entry["time"])
     assert bool(result.err) == (words != ["true"])
 
@@ -2939,7 +2907,7 @@ def test_the_json_log_survives_any_name(busybox):
 def test_no_name_speaks_to_the_terminal(busybox):
     """0x9b alone is no UTF-8, but to a terminal of 8 bits it begins a command."""
     process = busybox.popen([*busybox.words("run", *busybox.options), b"a\x9bb\x1b"])
-    assert process.communicate()[1] == b"mydocker: a\\udc9bb\\x1b: command not found\n"
+    assert process.communicate()[1] == b"mydocker: a\\x9bb\\x1b: command not found\n"
 
 
 @pytest.mark.parametrize(
@@ -2951,36 +2919,12 @@ def test_the_level_in_the_json_log_says_how_bad_it_is(busybox, words, level):
     assert {json.loads(line)["level"] for line in lines} == {level}
 
 
-def source_line(entry):
-    """The line of mydocker.py that an entry of the JSON log names."""
-    number = int(entry["source"].rpartition(":")[2])
-    return SOURCE.read_text().splitlines()[number - 1]
-
-
-def test_the_source_in_the_json_log_is_the_line_that_made_the_call(busybox):
-    wanted, found = ("sethostname", "pivot_root", "umount2", "fork", "pipe2", "setsid"), set()
-    for line in busybox("--explain", "--log-format", "json", "true").err.splitlines():
-        entry = json.loads(line)
-        name = re.search(r"\] (\w+)\(", entry["msg"]).group(1)
-        if name in wanted:
-            found.add((name, f'call("{name}"' in source_line(entry)))
-    assert found == {(name, True) for name in wanted}
-
-
-@pytest.mark.parametrize(
-    "words, line",
-    [
-        (["no-such-command"], "command not found"),
-        (["/etc"], "cannot execute"),
-        (["-u", "nosuch", "true"], "no such {what}"),
-        (["--tmpfs", "/etc/passwd", "true"], 'mount("tmpfs"'),
-        (["-m", "lots", "true"], "raise Failure("),
-    ],
-)
-def test_the_source_of_a_failure_is_the_line_that_raised_it(busybox, words, line):
-    """Be it of init, which tells it through a pipe."""
-    (entry,) = map(json.loads, busybox("--log-format", "json", *words).err.splitlines())
-    assert line in source_line(entry)
+def test_the_source_in_the_json_log_is_the_side_that_speaks(busybox):
+    lines = busybox("--explain", "--log-format", "json", "true").err.splitlines()
+    found = {re.search(r"(run|init) *\] (\w+)\(", entry["msg"])[1]: entry["source"] for entry in map(json.loads, lines)}
+    assert found == {"run": "mydocker.py:run", "init": "mydocker.py:init"}
+    (entry,) = map(json.loads, busybox("--log-format", "json", "no-such-command").err.splitlines())
+    assert entry["source"] == "mydocker.py:init"  # which tells its own failure
 
 
 def test_usage_errors_are_json_too_when_that_was_asked_for(cli):
@@ -3038,27 +2982,6 @@ def test_a_proc_of_another_pid_namespace_is_refused(busybox):
     """Its numbers would name strangers."""
     around = ["unshare", *(["--user", "--map-root-user"] if busybox.uid else []), "--pid", "--fork"]
     assert "another pid namespace" in refusal(busybox.under(around, "-t", "echo", "no"))
-
-
-@root_only
-def test_init_refuses_a_number_that_no_descriptor_can_have(account):
-    around = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"]
-    result = ended(account.popen([*around, *account.words("init", "9" * 11)]))
-    assert "descriptor of a pipe" in refusal(result)
-
-
-@root_only
-@pytest.mark.parametrize(
-    "data, status, out",
-    [(b"sh\0-c\0echo $$; exit 5\0", 5, "1\n"), (b"no-such-command\0", 127, ""), (b"", 125, "")],
-    ids=["command", "no such command", "nothing"],
-)
-def test_init_where_it_is_safe_becomes_the_command_of_the_pipe(account, data, status, out):
-    around = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"]
-    command = [*around, *account.words("init", "0")]
-    result = ended(account.popen(command, stdin=subprocess.PIPE), data)
-    assert (result.status, result.out) == (status, out)
-    assert len(result.err.splitlines()) == (1 if status == 127 else 0)
 
 
 # ---- Isolation -----------------------------------------------------------------------
@@ -3519,7 +3442,7 @@ def test_a_container_cannot_make_another(mydocker):
     shutil.copy(str(PROGRAM), str(program))
     result = mydocker(PYTHON, program, "run", "true", cwd="/")
     assert result.status == 125
-    assert "unshare(CLONE_NEWPID)" in result.err and "--privileged" in result.err
+    assert "unshare(CLONE_NEW" in result.err and "--privileged" in result.err
 
 
 @root_only
@@ -3857,8 +3780,8 @@ def test_no_users_are_looked_up_in_a_file_of_the_kernel(busybox, name, user):
 
 def test_no_users_are_looked_up_in_a_file_without_measure(busybox):
     with busybox.path("layer/etc").joinpath("passwd").open("w") as file:
-        file.truncate(MIB + 1)
-    assert "at most 1 MiB" in refusal(busybox("--rootfs", busybox.dir / "layer", "true"))
+        file.truncate((64 << 20) + 1)
+    assert "at most 64 MiB" in refusal(busybox("--rootfs", busybox.dir / "layer", "true"))
 
 
 def test_more_groups_than_a_process_can_have_are_refused(busybox):
@@ -3913,11 +3836,10 @@ def test_there_is_nothing_above_the_root(busybox):
 @pytest.mark.parametrize(
     "target, text",
     [
-        *(("/link", text) for text in "/ /proc /proc/self /dev dev/pts /dev/null /dev/pts/ptmx".split()),
+        *(("/link", text) for text in "/ /proc /proc/self".split()),
         ("/link", "/sys/fs/cgroup"),
         ("/x/../link", "/"),
         ("/x/../link", "/proc"),
-        ("/x/..", "/"),
     ],
 )
 def test_what_mydocker_relies_on_cannot_be_mounted_over(busybox, kind, target, text):
@@ -3930,21 +3852,24 @@ def test_what_mydocker_relies_on_cannot_be_mounted_over(busybox, kind, target, t
     assert f"--{kind}" in said and "refused" in said
 
 
-@pytest.mark.parametrize("target", ["/dev/null", "/dev/pts/ptmx", "/dev/ptmx"])
+@pytest.mark.parametrize("target", ["/dev/null", "/dev/pts/0", "/dev/pts"])
 @pytest.mark.parametrize("options", [[], ["-t"]], ids=["", "terminal"])
 def test_no_file_of_the_host_takes_the_place_of_what_mydocker_opens_itself(busybox, target, options):
-    file = busybox.path("file", "")
-    said = refusal(busybox(*options, "-v", f"{file}:{target}", "true"))
-    assert f"--volume {target}" in said and "refused" in said
+    """They are open when a volume covers them: the command reads nothing of the file, nor gets it as terminal."""
+    if target == "/dev/pts/0" and not options:
+        pytest.skip("there is none without -t")
+    source = busybox.path("source", None if target == "/dev/pts" else "of the host\n")
+    script = "cat <&0; echo end; [ -t 1 ] && echo terminal; :"
+    result = busybox(*options, "-i", "-v", f"{source}:{target}", *SH, script)
+    assert result.status == 0 and "of the host" not in result.out
+    assert ("terminal" in result.out) == bool(options)
 
 
 @root_only
-def test_the_hosts_dev_can_be_a_volume_of_a_privileged_container_without_a_terminal(busybox):
-    """With one, its /dev/pts/0 would be somebody's on the host."""
-    words = ("--privileged", "-v", "/dev:/dev")
-    assert busybox.out(*words, *SH, "cat /dev/null && echo fine") == "fine\n"
-    said = refusal(busybox("-t", *words, "true"))
-    assert "--volume /dev" in said and "refused" in said
+@pytest.mark.parametrize("options", [[], ["-t"], ["--privileged"]], ids=" ".join)
+def test_the_hosts_dev_can_be_a_volume(busybox, options):
+    out = busybox(*options, "-i", "-v", "/dev:/dev", *SH, "cat <&0 && echo fine").out
+    assert out.splitlines()[-1] == "fine"
 
 
 def test_a_volume_cannot_be_led_out_by_a_link_in_another_volume(busybox):
@@ -4109,10 +4034,10 @@ def test_a_delegated_service_holds_its_container_in_its_own_cgroup(service):
     words = ("-m", "50m", *SH, "echo ready; sleep 1000")
     with service(*words, properties=["Delegate=yes"]) as container:
         container.line()
-        inside = cgroup_of(container.pid1, "memory")
-        assert inside.parent == container.cgroup / "mydocker"
-        run = int(inside.name.split(".")[-2])
-        assert cgroup_of(run, "memory") == container.cgroup / f"mydocker-run.{run}"
+        assert own_cgroup(container, "memory").parent == container.cgroup
+        run = int(status_field(read(f"/proc/{container.pid1}/status"), "PPid"))
+        assert cgroup_of(run, "memory").parent == container.cgroup
+        assert cgroup_of(run, "memory").name.startswith("mydocker-run-")
 
 
 @root_only
@@ -4596,38 +4521,13 @@ def test_of_runs_that_begin_at_once_with_one_name_at_most_one_has_it(busybox):
     assert {"in use" in refusal(result) for result in refused} == {True}
 
 
-@root_only
-def test_a_shared_cgroup_that_comes_and_goes_is_made_as_often_as_it_takes(busybox):
-    """Every run that ends removes it when it is empty, and every run that begins needs it."""
-    need(version("memory"), "the cgroup controller memory")
-    with busybox.start("-m", "50m", *IDLE) as container:
-        container.line()
-        shared = cgroup_of(container.pid1, "memory").parent
-    over = threading.Event()
-
-    def come_and_go():
-        while not over.is_set():
-            for step in shared.mkdir, shared.rmdir:
-                with contextlib.suppress(OSError):
-                    step()
-
-    with ThreadPoolExecutor(1) as pool:
-        others = pool.submit(come_and_go)
-        results = [busybox("-m", "50m", "true") for _ in range(20)]
-        over.set()
-        others.result()
-    with contextlib.suppress(OSError):
-        shared.rmdir()
-    assert set(results) == {Result(0, "", "")}
-
-
 def corpses(caller, number):
     """The cgroups that runs leave when they are killed by SIGKILL."""
     with contextlib.ExitStack() as stack:
         runs = [stack.enter_context(caller.start("-m", "50m", *IDLE)) for _ in range(number)]
         for run in runs:
             run.line()
-        found = [cgroup_of(run.pid1, "memory") for run in runs]
+        found = [own_cgroup(run, "memory") for run in runs]
         namespaces = [os.readlink(f"/proc/{run.pid1}/ns/pid") for run in runs]
         for run in runs:
             run.process.kill()
@@ -4645,8 +4545,9 @@ def test_a_sweep_under_load_takes_the_cgroups_of_the_dead_and_none_of_the_living
         for _ in range(4):
             dead = corpses(busybox, 4)
             assert all(path.exists() for path in dead)
-            results = crowd(busybox, [["-m", "50m", "true"]] * 8, at_once=8)
-            assert set(results) == {Result(0, "", "")}
+            for _ in range(8):  # each run looks at a few only
+                results = crowd(busybox, [["-m", "50m", "true"]] * 8, at_once=8)
+                assert set(results) == {Result(0, "", "")}
             assert [path for path in dead if path.exists()] == []
             alive = read(cgroup_of(container.pid1, "memory") / "cgroup.procs").split()
             assert alive == [str(container.pid1)]
@@ -4946,8 +4847,9 @@ def test_few_descriptors_are_enough_or_the_end_is_clear(busybox, number):
         assert number < 8 and result.out == ""
 
 
-def test_24_descriptors_are_enough(busybox):
-    assert within(busybox, 'ulimit -n 24; exec "$@"', "echo", "done") == Result(0, "done\n", "")
+def test_48_descriptors_are_enough(busybox):
+    """Five hierarchies of v1, each with a lock and a file to join by, and six devices are open at once."""
+    assert within(busybox, 'ulimit -n 48; exec "$@"', "echo", "done") == Result(0, "done\n", "")
 
 
 DELETED = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
@@ -5001,7 +4903,7 @@ def test_an_incomplete_python_is_told_in_one_line(anybody, module):
 def test_a_system_that_it_does_not_run_on_is_told_in_one_line(anybody, how):
     source = f"import sys; {how}; exec(compile(open(sys.argv[1]).read(), 'mydocker.py', 'exec'))"
     result = ended(anybody.popen([anybody.python, "-c", source, str(SOURCE)]))
-    assert refusal(result) == "mydocker: this needs a 64-bit Linux and Python 3.8 or newer\n"
+    assert refusal(result) == "mydocker: this needs a 64-bit Linux and Python 3.9 or newer\n"
 
 
 # ---- busybox-rootfs.sh ---------------------------------------------------------------
