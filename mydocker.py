@@ -44,7 +44,7 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     del sys.path[0]
 
 try:  # every run pays for each import: hence _signal, which is signal without enum (3 ms), no argparse (8)
-    import _signal as signal
+    import _signal as signal  # type: ignore[import-not-found]
     import ctypes
     import errno
     import fcntl
@@ -66,7 +66,7 @@ EXIT_MYDOCKER, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 125, 126, 127,
 
 
 def run(options: "Options", argv: "list[str]") -> int:
-    """Run `argv` in a new container; return the exit status that docker run would have. Raises Failure, OSError."""
+    """Run `argv` in a new container; return docker run's exit status. Raises Failure, OSError."""
     prepare(options)
     caller_mask, signal_fd = watch_signals()
     undo: "list" = []  # steps of the teardown; the last first, on every way out
@@ -78,23 +78,17 @@ def run(options: "Options", argv: "list[str]") -> int:
         if options.rootless:
             enter_user_namespace()
         call("unshare", "CLONE_NEWPID", why="the next child is PID 1 of a new pid namespace")
-        command_read, command_write = call("pipe2", "O_CLOEXEC", why="carries the command to init; its EOF says go")
+        command_read, command_write = call("pipe2", "O_CLOEXEC", why="carries the command; its EOF says go")
         ready_read, ready_write = call("pipe2", "O_CLOEXEC", why="init says how far it is; execve closes it")
         # nothing is buffered here that the child would write again: all our output is by os.write
         pid = call("fork", why="the child goes on with the code that is here: no second interpreter")
         if pid == 0:
-            status = EXIT_MYDOCKER
-            try:
-                os.close(command_write)  # or the read of the command would never see EOF
-                os.close(ready_read)  # or init would take itself for the reader, when run() is gone
-                init(options, cgroups, command_read, ready_write, stdio, caller_mask)
-            except BaseException as error:  # whatever it is: no container
-                status = log.failure(error)
-            finally:
-                os._exit(status)  # a child that went on here would clean up for the parent
+            os.close(command_write)  # or the read of the command would never see EOF
+            os.close(ready_read)  # or init would take itself for the reader, when run() is gone
+            be_child(init, options, cgroups, command_read, ready_write, stdio, caller_mask)
         container = Container(options, argv, pid, signal_fd, command_write, ready_read, pumps)
         undo.append(container.end)
-        for fd in (command_read, ready_write, *stdio.values()):  # or we would never see the EOF of init's copies
+        for fd in (command_read, ready_write, *stdio.values()):  # or we never see EOF
             os.close(fd)
         container.seize()
         if options.pidfile:
@@ -108,11 +102,9 @@ def run(options: "Options", argv: "list[str]") -> int:
     return EXIT_SIGNAL + os.WTERMSIG(wstatus) if os.WIFSIGNALED(wstatus) else os.WEXITSTATUS(wstatus)
 
 
-def init(
-    options: "Options", cgroups: "list[Cgroup]", command_read: int, ready_write: int,
-    stdio: "dict[int, int]", caller_mask: "set[int]",
-) -> None:  # fmt: skip
-    """Turn this process, just forked into a new pid namespace, into the container. Returns only by raising."""
+def init(options: "Options", cgroups: "list[Cgroup]", command_read: int, ready_write: int,
+         stdio: "dict[int, int]", caller_mask: "set[int]") -> None:  # fmt: skip
+    """Turn this process, just forked into a new pid namespace, into the container. It returns by raising."""
     log.side = "init"
     # first: whatever is done here is to end with run(), also when SIGKILL ends that at this moment
     call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="die with the parent, whatever kills it")
@@ -132,9 +124,10 @@ def init(
     rootfs.mask()
     if options.tty:
         call("write", ready_write, b"T", why="run() may open the pty, then send argv")
-    argv = [os.fsdecode(word) for word in read_all(command_read, "the command, as run() sends it").split(b"\0")[:-1]]
-    if not argv:  # EOF at once: run() has died
-        os._exit(EXIT_MYDOCKER)
+    words = read_all(command_read, "the command, as run() sends it").split(b"\0")[:-1]
+    argv = [os.fsdecode(word) for word in words]
+    if not argv:
+        raise SystemExit(EXIT_MYDOCKER)  # EOF at once: run() has died
     attach_stdio(options, stdio)  # before the volumes: null device and terminal are ours, whatever they cover
     rootfs.furnish()
     uid, gid, groups, home = find_user(options)
@@ -144,13 +137,11 @@ def init(
     env = environment(options, home)
     paths = find_command(argv[0], env["PATH"])
     refuse_own_python(paths)
-    if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
-        write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
     join_cgroups(options, cgroups, rootfs.cgroup_places)
     close_all_but(ready_write, log.fd)
     drop_privileges(options, uid, gid, groups)
-    if poll({ready_write: select.POLLERR}, 0):  # no reader: run() died before PR_SET_PDEATHSIG was set again
-        os._exit(EXIT_MYDOCKER)
+    if poll({ready_write: select.POLLERR}, 0):
+        raise SystemExit(EXIT_MYDOCKER)  # no reader: run() died before PR_SET_PDEATHSIG was set again
     os.umask(0o022)
     restore_signals(caller_mask)
     execute(options, argv, paths, env)
@@ -206,7 +197,8 @@ class Failure(Exception):
 class Log:
     """All that mydocker says, on stderr: stdout is the command's. The options say how."""
 
-    fd, explain, to_json = 2, False, None
+    fd, explain = 2, False
+    to_json = None  # the function that makes it, if it is asked for
     side = "run"  # or "init": which of the two processes speaks
     end = b"\n"  # b"\r\n" while the caller's terminal is raw
 
@@ -216,14 +208,16 @@ class Log:
         if options.log_format == "json":
             import json  # 7 ms, for those who want it
 
-            self.to_json = json.dumps
+            self.to_json = json.JSONEncoder(separators=(",", ":")).encode  # type: ignore[assignment]
 
     def line(self, level: str, text: str) -> None:
         """Write one line."""
         text = os.fsencode(text).decode("utf-8", "backslashreplace")
         if self.to_json:
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            text = self.to_json({"level": level, "msg": text, "source": f"mydocker.py:{self.side}", "time": now})
+            source = f"mydocker.py:{self.side}"
+            fields = {"level": level, "msg": text, "source": source, "time": now}
+            text = self.to_json(fields)  # type: ignore[misc,arg-type]
         # a name that an image or a caller chose must not add a line, nor speak to the terminal
         data = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).encode() + self.end
         try:  # a stderr that is stopped or gone must not change the end; but --explain loses no step
@@ -240,7 +234,8 @@ class Log:
         """Say why a run has ended, and the remedy if there is one; return the exit status."""
         message, hint = str(error), getattr(error, "hint", "")
         if isinstance(error, OSError):
-            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+            message = error.strerror or str(error)
+            message = f"{error.filename}: {message}" if error.filename else message
         elif not isinstance(error, Failure):
             message = f"internal error: {type(error).__name__}: {error}"  # a mistake in this file
         self.line("error", f"mydocker: {message}")
@@ -276,19 +271,20 @@ PR_SET_PDEATHSIG=1 PR_SET_SECCOMP=22 PR_CAPBSET_DROP=24 PR_SET_NO_NEW_PRIVS=38 S
 PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_LISTEN=0x4208 PTRACE_O_TRACEEXEC=0x10
 KEYCTL_JOIN_SESSION_KEYRING=1 AF_INET=2 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
 TIOCSPTLCK=0x40045431 TIOCGPTPEER=0x5441
-""".split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h ptrace.h keyctl.h, <sys/socket.h>, <asm/ioctls.h>
+""".split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h ptrace.h keyctl.h, <asm/ioctls.h>
     _name, _, _value = row.partition("=")
     NAMES[_name] = int(_value, 0)
 
 # Arguments as in section 2 of the manual: s a string or struct, i int, o int shown in octal, L unsigned
 # long. Where Python has a function of that name it makes the call, else libc.
 _PROTOTYPES = dict(row.split(":") for row in """capget:ss capset:ss chmod:so close_range:iii flock:ii
-    ioctl:iis keyctl:is kill:ii makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL move_mount:isisi
-    open:sio open_tree:isi openat2:issL pipe2:i pivot_root:ss prctl:iLLLL ptrace:iiLL setraw:ii
-    sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:ii umount2:si unshare:i waitpid:ii
+    ioctl:iis keyctl:is kill:ii makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL
+    move_mount:isisi open:sio open_tree:isi openat2:issL pipe2:i pivot_root:ss prctl:iLLLL ptrace:iiLL
+    setraw:ii sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:ii umount2:si unshare:i waitpid:ii
     """.split())  # fmt: skip
-_NUMBERS = {"keyctl": (250, 219), "mount_setattr": (442, 442), "move_mount": (429, 429), "open_tree": (428, 428),
-            "openat2": (437, 437), "close_range": (436, 436)}  # made by syscall(2): not every libc has them  # fmt: skip
+# made by syscall(2): not every libc has them
+_NUMBERS = {"keyctl": (250, 219), "mount_setattr": (442, 442), "move_mount": (429, 429),
+            "open_tree": (428, 428), "openat2": (437, 437), "close_range": (436, 436)}  # fmt: skip
 _TYPES = {"s": ctypes.c_char_p, "i": ctypes.c_int, "L": ctypes.c_ulong}
 _libc = ctypes.CDLL(None, use_errno=True)  # the libc that Python itself runs on, glibc or musl
 
@@ -313,6 +309,8 @@ def show(arg: object, letter: str = " ") -> str:
         text = bytes(arg).decode("ascii", "replace").rstrip("\0\n").replace("\0", " ").replace("\n", " ")
         if not text.isprintable() or not text:
             return f"<struct of {len(arg)} bytes>"
+    if isinstance(arg, int) and arg >= 1 << 32:  # an address
+        return hex(arg)
     text = repr(arg).replace("'", '"')
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -342,7 +340,8 @@ def call(name: str, *args: object, why: str):  # type: ignore[no-untyped-def]
         number = error.args[0] or errno.EIO
         text = f"{why}: {tell(f'-1 {errno.errorcode.get(number, number)}')}: {os.strerror(number)}"
         failed = OSError(number, text)  # Python makes it a FileNotFoundError, PermissionError and so on
-        failed.hint = next((hint for part, code, hint in HINTS if code == number and part in text), "")
+        hints = [hint for part, code, hint in HINTS if code == number and part in text]
+        failed.hint = hints[0] if hints else ""  # type: ignore[attr-defined]
         raise failed from None
     if log.explain and (name != "fork" or result):  # fork returns twice, the story goes on once
         tell("0" if result is None else show(result))
@@ -354,7 +353,7 @@ def call_libc(name: str, args: "list", letters: str) -> int:
     function = _libc["syscall" if name in _NUMBERS else name]
     if name in _NUMBERS:
         args, letters = [_NUMBERS[name][COLUMN], *args], "L" + letters
-    function.argtypes = [_TYPES[letter] for letter in letters]
+    function.argtypes = [_TYPES[letter] for letter in letters]  # type: ignore[misc]
     result = function(*[os.fsencode(arg) if isinstance(arg, str) else arg for arg in args])
     if result == -1:
         raise OSError(ctypes.get_errno(), "")
@@ -366,17 +365,18 @@ HINTS = (  # part of a failed call, its error, the remedy: where the error misle
     ('mount("overlay"', errno.EINVAL,
      "overlay takes no --upperdir on overlay, no third overlay on two, and no filesystem with casefolding"),
     ('mount("overlay"', errno.ELOOP, "the same directory twice: each --rootfs has to be another"),
-    ('mount("overlay"', errno.EOVERFLOW, "the rootfs is not its user's own: build it as that user, or use sudo"),
+    ('mount("overlay"', errno.EOVERFLOW, "the rootfs is another user's: build it as this one, or use sudo"),
     ('mount("proc"', errno.EPERM,
-     "a part of /proc is covered here, as in a container: the kernel mounts no other one; with sudo it works"),
-    ("pivot_root", errno.EINVAL, "the root here is an initramfs, which pivot_root cannot swap: mount another, and "
-     "switch_root to it"),
+     "a part of /proc is covered here, as in a container: so the kernel mounts no other; with sudo it works"),
+    ("pivot_root", errno.EINVAL,
+     "the root here is an initramfs, which pivot_root cannot swap: mount another, and switch_root to it"),
     ("CLONE_NEWPID", errno.EPERM,
      "root here lacks CAP_SYS_ADMIN, as in a container that was started without --privileged"),
     ("join the cgroup", errno.EINVAL,
-     "a real-time caller cannot go into a cgroup that has no real-time budget: chrt --other 0 python3 mydocker.py"),
+     "a real-time caller cannot go into a cgroup without a real-time budget: chrt --other 0 python3 ..."),
     ("in the rootfs", errno.ELOOP, "a symlink in its place is refused: it could lead out of the rootfs"),
-    ("in the container", errno.EACCES, "a directory of the rootfs is not this user's: build it as that user, or use sudo"),
+    ("in the container", errno.EACCES,
+     "a directory of the rootfs is another user's: build it as this one, or use sudo"),
     ("move_mount", errno.EINVAL, "a file goes on a file, a directory on a directory"),
     ("", errno.ENOSYS, "mydocker needs Linux 5.12 or newer"),
 )  # fmt: skip
@@ -388,6 +388,19 @@ def attempt(step, *args: object, **keywords: object):  # type: ignore[no-untyped
         return step(*args, **keywords)
     except OSError:
         return None
+
+
+def be_child(step, *args: object) -> None:  # type: ignore[no-untyped-def]
+    """Be the child of a fork: take a step that ends by execve, or tell why not, and exit."""
+    status = EXIT_MYDOCKER
+    try:
+        step(*args)
+    except SystemExit:
+        pass
+    except BaseException as error:  # whatever it is: no container
+        status = log.failure(error)
+    finally:
+        os._exit(status)  # a child that went on would clean up for the parent
 
 
 def tolerate(step) -> None:  # type: ignore[no-untyped-def]
@@ -473,7 +486,7 @@ OPTIONS = """
 --pids-limit              PIDS            at most so many processes and threads (default: 2048); -1 = no limit
 --ulimit                  LIMIT=SOFT[:HARD]...  a limit of each process, such as nofile=1024; see getrlimit(2)
 --oom-score-adj           -1000..1000     whom the kernel kills first when memory runs out
---rootfs                  DIR...          root filesystem, never written to, stacked; else a view of the host's files
+--rootfs                  DIR...          root filesystem, never written to; else a view of the host's files
 --upperdir                DIR             keep what is written in DIR, to go on with it later
 --read-only                               make the root read-only
 -v --volume               SRC:DST[:ro]...  show the host's SRC at DST
@@ -492,7 +505,7 @@ OPTIONS = """
 --cap-add                 CAP...          one capability more, or ALL
 --cap-drop                CAP...          one capability less, or ALL
 --security-opt            WORD...         no-new-privileges=false, seccomp=unconfined
---privileged                              all capabilities, no seccomp filter, nothing masked: for trusted code
+--privileged                              all capabilities, no filter, nothing masked: for trusted code
 --rm                                      accepted: a container is always removed
 --pidfile                 FILE            write the command's pid on the host to FILE
 --cgroup-parent           CGROUP          make the cgroup below this one, such as /batch.slice
@@ -503,9 +516,9 @@ OPTIONS = """
 DEFAULTS = {"pids_limit": 2048, "user": "", "network": "none", "stop_timeout": 10.0, "log_format": "text",
             "shm_size": 64 << 20}  # fmt: skip
 
-# The options that are limits: controller, v1 file, v2 file. In this order: v1 refuses a memsw limit below the
-# memory limit; on v2 --memory-swappiness 0 is a second value for memory.swap.max, which has to replace the first.
-# Adding a limit is adding a row here and one above; limit_value() has the values that are not written as given.
+# The options that are limits: controller, v1 file, v2 file. In this order: v1 refuses a memsw limit below
+# the memory limit; on v2 --memory-swappiness 0 is a second value for memory.swap.max, which has to replace
+# the first. Adding a limit is adding a row here and one above; limit_value() has what is not written as is.
 LIMITS = """
 --memory             memory  memory.limit_in_bytes        memory.max
 --memory-swap        memory  memory.memsw.limit_in_bytes  memory.swap.max
@@ -517,8 +530,8 @@ LIMITS = """
 --pids-limit         pids    pids.max                     pids.max
 """
 # What docker reads as if the option were not there
-NOT_SET = """--memory=0 --memory-swap=0 --memory-swappiness=-1 --cpu-shares=0 --cpus=0 --cpus=0.0 --pids-limit=0 --user=
-    --cpuset-cpus= --cpuset-mems= --name=""".split()
+NOT_SET = """--memory=0 --memory-swap=0 --memory-swappiness=-1 --cpu-shares=0 --cpus=0 --cpus=0.0
+    --pids-limit=0 --user= --cpuset-cpus= --cpuset-mems= --name=""".split()
 # What docker run has and this has not: what to do instead
 INSTEAD = dict(row.split("  ", 1) for row in """
 -d --detach  it stays in the foreground: & or systemd-run puts it into the background
@@ -567,6 +580,9 @@ BY_NAME = {name: option for option in TABLE for name in option.names}
 class Options:
     """What `run` was asked for: an attribute for each row of OPTIONS. Sizes in bytes, times in seconds."""
 
+    hostname: str
+    memory_swap: "int | None"
+
     def __getattr__(self, name: str):  # type: ignore[no-untyped-def]  # only says to mypy that there are some
         raise AttributeError(name)
 
@@ -605,7 +621,8 @@ def parse_value(kind: str, text: str):  # type: ignore[no-untyped-def]
 
 def parse_whole(text: str, low: int, high: int) -> int:
     """Return a whole number in plain digits: int() takes more than that."""
-    check(text[text[:1] == "-" :].isdecimal() and text.isascii() and len(text) < 20 and low <= int(text) <= high)
+    check(text[text[:1] == "-" :].isdecimal() and text.isascii() and len(text) < 20)
+    check(low <= int(text) <= high)
     return int(text)
 
 
@@ -695,12 +712,14 @@ def parse_device(text: str) -> "tuple[str, str]":
 
 
 def parse_env_file(text: str) -> "list[str]":
-    """Return the variables in a file, each K=V or K, as docker reads it: nothing is quoted, # is a comment."""
+    """Return the variables in a file, K=V or K, as docker reads it: nothing is quoted, # is a comment."""
     lines = attempt(read_file, text, "--env-file")
     if lines is None:
         raise Failure(f"--env-file {text}: it cannot be read")
-    words = [line.lstrip() for line in lines.split("\n")]
-    return [parse_env(word.rstrip("\r")) for word in words if word and word[0] != "#"]
+    words = [line.lstrip().rstrip("\r") for line in lines.split("\n")]
+    words = [parse_env(word) for word in words if word and word[0] != "#"]
+    check(not any(c.isspace() for word in words for c in word.partition("=")[0]))
+    return words
 
 
 def parse_env(text: str) -> str:
@@ -762,7 +781,8 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("1", "t", "true")
 
 
-PARSERS = {"": parse_switch, "SIZE": parse_size, "SWAP": lambda text: -1 if text == "-1" else parse_size(text),
+PARSERS = {"": parse_switch, "SIZE": parse_size,
+           "SWAP": lambda text: -1 if text == "-1" else parse_size(text),
            "CPUS": parse_cpus, "PIDS": parse_pids, "SECONDS": parse_decimal, "SRC:DST[:ro]": parse_volume,
            "DST[:OPTIONS]": parse_tmpfs, "PATH": parse_inside, "NAME": parse_name, "CAP": parse_capability,
            "CGROUP": parse_cgroup, "LIST": lambda text: parse_list(text) and text, "SRC[:DST]": parse_device,
@@ -787,12 +807,13 @@ def parse(words: "list[str]", options: Options) -> "list[str]":
             word = "-" + word
         name, equals, value = word.partition("=")
         if not word.startswith("--"):  # -ti is -t -i; -m100m, -m=100m and -m 100m are one
-            name, value = word[:2], word[2:][word[2:3] == "=" :]
-            equals = word[2:3] == "="
+            name, equals = word[:2], "=" if word[2:3] == "=" else ""
+            value = word[2 + len(equals) :]
         option = BY_NAME.get(name)
         if not option:
             instead = [text for names, text in INSTEAD.items() if name in names.split()]
-            raise Failure(": ".join([f"run: there is no option {name}", *instead]), "" if instead else SEE_HELP)
+            text = ": ".join([f"run: there is no option {name}", *instead])
+            raise Failure(text, "" if instead else SEE_HELP)
         if not option.metavar and not equals:
             rest += ["-" + value] if value else []
             value = "true"
@@ -829,18 +850,20 @@ def prepare(options: Options) -> None:
     if memory is not None:
         options.memory_swap = swap = swap or min(2 * memory, (1 << 63) - (1 << 16))
         if memory < os.sysconf("SC_PAGE_SIZE") or -1 < swap < memory:
-            raise Failure("--memory: it is at least a page, and --memory-swap, which is both together, at least that")
+            raise Failure("--memory: it is a page at least, and --memory-swap, both together, no less")
     for kind, wanted in (("cpu", options.cpuset_cpus), ("node", options.cpuset_mems)):
-        available = read_file(f"/sys/devices/system/{kind}/online", "which are there").strip() if wanted else ""
+        path = f"/sys/devices/system/{kind}/online"
+        available = read_file(path, "which are there").strip() if wanted else ""
         if wanted and not parse_list(wanted) <= parse_list(available):
             raise Failure(f"--cpuset {wanted}: not all of these exist; available: {available}")
     for path in options.rootfs:
         if not stat.S_ISDIR(os.stat(path).st_mode):
             raise Failure(f"--rootfs {path}: it is not a directory")
-        if options.upperdir and is_below(os.path.realpath(options.upperdir + "/layer"), (os.path.realpath(path),)):
+        layer = os.path.realpath(f"{options.upperdir}/layer")
+        if options.upperdir and is_below(layer, (os.path.realpath(path),)):
             raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
     targets: "list[str]" = []
-    for target, source, *_ in options.volume + options.device + options.tmpfs:
+    for target, *_ in options.volume + options.device + options.tmpfs:
         if target in targets:
             raise Failure(f"two mounts are to go on {target}")
         targets.append(target)
@@ -858,7 +881,7 @@ def prepare(options: Options) -> None:
 CPU_PERIOD = 100000  # microseconds: the kernel's default
 OWN_CGROUP = ("as root, or in a cgroup of your own: "
               "systemd-run --user --scope -p Delegate=yes python3 mydocker.py run ...")  # fmt: skip
-NO_CONTROLLER = "grep . /proc/cgroups shows which there are; some kernels want cgroup_enable=memory when they boot"
+NO_CONTROLLER = "/proc/cgroups shows which there are; some kernels want cgroup_enable=memory when they boot"
 
 
 class Unavailable(Failure):
@@ -880,7 +903,7 @@ def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
             cgroup.limits.append((name, controller, files[cgroup.version - 1], str(value)))
         elif not cgroup and name in options.asked:
             raise Failure(f"{name}: there is no {controller} controller here", NO_CONTROLLER)
-    # v1: all of them, or a JVM ignores the limit that is there; v2 alone always: the container sees one of its own
+    # v1: all of them, or a JVM ignores the limit that is there; v2 always: the container sees one of its own
     wanted = [found[name] for name in ("memory", "cpu", "cpuacct", "cpuset", "pids") if name in found]
     wanted += [found[name] for name in found if not name and (found[name].limits or not wanted)]
     for cgroup in dict.fromkeys(wanted):
@@ -892,7 +915,8 @@ def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
         except (Unavailable, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-            if asked - ({"--pids-limit"} if options.rootless else set()):  # for that there is RLIMIT_NPROC, too
+            # without root there is RLIMIT_NPROC for the one
+            if asked - ({"--pids-limit"} if options.rootless else set()):
                 why = error.strerror if isinstance(error, OSError) else str(error)
                 raise Failure(f"{', '.join(sorted(asked))}: no cgroup here is ours to use: {why}",
                               getattr(error, "hint", "") or OWN_CGROUP) from None  # fmt: skip
@@ -925,7 +949,8 @@ def find_cgroups() -> "dict[str, Cgroup]":
 
 def find_cgroup_mounts(controllers: str):  # type: ignore[no-untyped-def]
     """Yield where the hierarchy of these controllers may be mounted, and from which cgroup of it on."""
-    yield from [(f"/sys/fs/cgroup/{name}".rstrip("/"), "") for name in ([controllers] if controllers else ["", "unified"])]
+    for name in [controllers] if controllers else ["", "unified"]:
+        yield f"/sys/fs/cgroup/{name}".rstrip("/"), ""
     for _, _, root, point, fstype, words in read_mountinfo():
         same = fstype == "cgroup" and set(controllers.split(",")) <= set(words.split(","))
         if same if controllers else fstype == "cgroup2":
@@ -944,7 +969,7 @@ def limit_value(name: str, version: int, options: Options):  # type: ignore[no-u
         return value
     if name == "--memory-swappiness" and value:
         raise Failure("--memory-swappiness: cgroup v2 has none; 0 is possible: no swap")
-    if name == "--cpu-shares":  # the kernel has no conversion; this curve is that of runc (1.3.2) and crun (1.23)
+    if name == "--cpu-shares":  # the kernel has no conversion; the curve is that of runc (1.3.2), crun (1.23)
         log2 = math.log2(value)
         return math.ceil(10 ** ((log2 * log2 + 125 * log2) / 612 - 7 / 34))
     return value - options.memory if name == "--memory-swap" else value  # v2's is for swap alone
@@ -987,14 +1012,14 @@ class Cgroup:
         path, why = directory, "init will join the cgroup by it: it sees no path to it"
         if self.version == 2:
             path = f"{directory}/container"
-            call("mkdir", path, 0o755, why="on v2 the processes are in a cgroup below the one with the limits")
+            call("mkdir", path, 0o755, why="on v2 the processes are below the one with the limits")
             names = " ".join(f"+{name}" for name in sorted({row[1] for row in self.limits}))
-            if options.privileged:  # the upper one is to be the root of its cgroup namespace, to divide it further
+            if options.privileged:  # the upper one is to be the root of its namespace, to divide further
                 self.open_join(f"{directory}/cgroup.procs", b"0", why)
                 self.open_join(f"{path}/cgroup.procs", b"0", why)
                 self.open_join(f"{directory}/cgroup.subtree_control", names.encode(), why)
                 return
-            write_file(f"{directory}/cgroup.subtree_control", names, "hold the controllers, whatever systemd does")
+            write_file(f"{directory}/cgroup.subtree_control", names, "hold them, whatever systemd does")
             for name, _, file, value in self.limits:  # once more, where programs look for them
                 self.set_limit(path, name, file, value, False)
         # v1 by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
@@ -1016,8 +1041,8 @@ class Cgroup:
         while level != self.top and not is_delegated(level):
             level = os.path.dirname(level)
         if level != self.top:
-            # ours to divide; or a manager's such as Slurm: then ours goes beside our own, so that the limits of
-            # the job hold for the container, too. With other processes in it, it can hand nothing down.
+            # ours to divide; or a manager's such as Slurm: then it goes beside our own, so that the limits
+            # of the job hold for it, too. With other processes in it, a cgroup can hand nothing down.
             place = level if level == self.own else os.path.dirname(self.own)
             if read_file(f"{place}/cgroup.procs", "who is here").split() in ([], [str(os.getpid())]):
                 return place
@@ -1102,11 +1127,15 @@ class Cgroup:
         if killed and "--memory" in values:
             above = self.version == 2 and not counts.get("oom")  # the limit of a service, or a job
             where = "limit of a cgroup above" if above else f"{show_size(int(values['--memory']))} limit"
-            log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the {where}; "
-                        "files in the writable layer and /dev/shm count, too: --upperdir and -v keep them on disk")  # fmt: skip
+            log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the "
+                        f"{where}; files in the writable layer and /dev/shm count, too: "
+                        "--upperdir and -v keep them on disk")  # fmt: skip
 
     def read_counts(self, file: str) -> "dict[str, int]":
-        """Return the numbers of a file of `key value` lines; older kernels count where the process is, newer above."""
+        """Return the numbers of a file of `key value` lines.
+
+        Older kernels count where the process is, newer ones where the limit is.
+        """
         counts: "dict[str, int]" = {}
         for place in ("", "/container") if self.version == 2 else ("",):
             words = (attempt(read_file, f"{self.directory}{place}/{file}", "what happened") or "").split()
@@ -1177,11 +1206,14 @@ def remove_cgroup(directory: str, version: int) -> None:
 
 
 def is_delegated(cgroup: str) -> bool:
-    """Tell whether a v2 cgroup was handed over to be divided: systemd marks what it gave away by Delegate=yes,
-    and what it gave to a user belongs to that user. To root everything is writable, which proves nothing.
+    """Tell whether a v2 cgroup was handed over to be divided.
+
+    systemd marks what it gave away by Delegate=yes, and what it gave to a user belongs to that user. To root
+    everything is writable, which proves nothing.
     """
     if os.geteuid():
-        return all(os.access(f"{cgroup}/{file}", os.W_OK) for file in ("", "cgroup.procs", "cgroup.subtree_control"))
+        files = ("", "cgroup.procs", "cgroup.subtree_control")
+        return all(os.access(f"{cgroup}/{file}", os.W_OK) for file in files)
     marks = {"trusted.delegate", "user.delegate"}
     return os.stat(cgroup).st_uid == 0 and not marks.isdisjoint(os.listxattr(cgroup))
 
@@ -1247,7 +1279,7 @@ class Rootfs:
         # wherever a device node could be made
         self.nodev = "0" if options.privileged else "MS_NODEV"
         self.nodev_attribute = "" if options.privileged else "MOUNT_ATTR_NODEV"
-        self.top = self.layer = -1
+        self.top = self.layer = self.host_sys = -1
         self.overlays: "list[int]" = []
         self.cgroup_places: "list" = []  # (cgroup, where to mount it)
         # what furnish() attaches: (why, target, clone or flags of a tmpfs, options of a tmpfs)
@@ -1257,41 +1289,20 @@ class Rootfs:
         """Assemble the root, make it "/", let go of the host's, fill in /dev.
 
         The new root is mounted over "/", which every host has. That covers nothing from us: a path still
-        begins below it; "/.." is the one that climbs on top. pivot_root(".", ".") takes the directory we stand
-        in for both arguments: it becomes the root, and the old root is stacked on top of it, for umount2(".")
-        to find. See pivot_root(2).
+        begins below it; "/.." is the one that climbs on top. pivot_root(".", ".") takes the directory we
+        stand in for both arguments: it becomes the root, and the old root is stacked on top of it, for
+        umount2(".") to find. See pivot_root(2).
         """
         refuse_chroot()
         options = self.options
-        for target, source, flags in options.volume:
-            flags = "|".join(filter(None, (flags, self.nodev_attribute)))
-            clone = clone_tree(source, f"--volume {source}", flags)
-            self.mounts.append((f"--volume {source}:{target}", target, clone, ""))
-        host_sys = -1
-        if options.rootless and options.network == "host":  # only the owner of a network namespace may mount its sysfs
-            host_sys = clone_tree("/sys", "the host's, as is the network", "MOUNT_ATTR_RDONLY")
-        if not self.bound:
-            flags = "MS_NOSUID|MS_NODEV" if options.rootless else "MS_NOSUID"  # root makes the devices there
-            mount("tmpfs", "/", "tmpfs", flags, "mode=700", "memory for what is written: it goes with the container")
-            self.layer = open_path("/..", "what was mounted over the root", "O_DIRECTORY|")
-        devices = [self.clone_device(path) for path in DEVICES]
-        for target, source in options.device:
-            self.mounts.append((f"--device {source}", target, self.clone_device(source), ""))
+        devices = self.clone_wanted()
         if self.bound:
             self.mount_bound_view()
         else:
             self.mount_overlays()
-        place = open_inside("/proc", "/proc in the rootfs", "dir", self.top, "RESOLVE_NO_SYMLINKS")
-        mount("proc", at(place), "proc", INERT, None, "the processes of the new pid namespace")
-        place = open_inside("/sys", "/sys in the rootfs", "dir", self.top, "RESOLVE_NO_SYMLINKS")
-        if host_sys >= 0:
-            attach(host_sys, place, "the host's, as is the network")
-        else:
-            flags = INERT if options.privileged else INERT + "|MS_RDONLY"
-            mount("sysfs", at(place), "sysfs", flags, None, "devices as the network namespace has them")
+        self.mount_proc_and_sys()
         call("fchdir", self.top, why="stand in the new root")
-        call("pivot_root", ".", ".", why='the new root becomes "/"; the old one is on top of it, until umount2')
-        # not before: in a user namespace the kernel mounts proc and sysfs only while it sees the host's
+        call("pivot_root", ".", ".", why='the new root becomes "/"; the old one lies on it, until umount2')
         if not self.bound:
             call("umount2", ".", "MNT_DETACH", why="let go of the layer's tmpfs, which lies on the old root")
         call("umount2", ".", "MNT_DETACH", why="let go of the old root: no path leads to it any more")
@@ -1300,10 +1311,41 @@ class Rootfs:
         for path, mode in (("/run", "755"), ("/tmp", "1777")) if not options.rootfs else ():
             if path == "/run" or self.bound:
                 place = open_inside(path, "in place of the host's", "dir", how="RESOLVE_NO_SYMLINKS")
-                mount("tmpfs", at(place), "tmpfs", "MS_NOSUID|MS_NODEV", f"mode={mode}", "in place of the host's")
+                flags = "MS_NOSUID|MS_NODEV"
+                mount("tmpfs", at(place), "tmpfs", flags, f"mode={mode}", "in place of the host's")
         if not options.rootfs:
             call("mkdir", "/run/lock", 0o1777, why="where Debian's /var/lock leads to")
         self.place_cgroups()
+
+    def clone_wanted(self) -> "list[int]":
+        """Clone what is wanted of the host, before anything is covered; return the devices that all have."""
+        options = self.options
+        for target, source, flags in options.volume:
+            flags = "|".join(filter(None, (flags, self.nodev_attribute)))
+            clone = clone_tree(source, f"--volume {source}", flags)
+            self.mounts.append((f"--volume {source}:{target}", target, clone, ""))
+        # only the owner of a network namespace may mount its sysfs
+        if options.rootless and options.network == "host":
+            self.host_sys = clone_tree("/sys", "the host's, as is the network", "MOUNT_ATTR_RDONLY")
+        if not self.bound:
+            flags = "MS_NOSUID|MS_NODEV" if options.rootless else "MS_NOSUID"  # root makes the devices there
+            why = "memory for what is written: it goes with the container"
+            mount("tmpfs", "/", "tmpfs", flags, "mode=700", why)
+            self.layer = open_path("/..", "what was mounted over the root", "O_DIRECTORY|")
+        for target, source in options.device:
+            self.mounts.append((f"--device {source}", target, self.clone_device(source), ""))
+        return [self.clone_device(path) for path in DEVICES]
+
+    def mount_proc_and_sys(self) -> None:
+        """Mount both, while the host's are there: in a user namespace the kernel wants to see those."""
+        place = open_inside("/proc", "/proc in the rootfs", "dir", self.top, "RESOLVE_NO_SYMLINKS")
+        mount("proc", at(place), "proc", INERT, None, "the processes of the new pid namespace")
+        place = open_inside("/sys", "/sys in the rootfs", "dir", self.top, "RESOLVE_NO_SYMLINKS")
+        if self.host_sys >= 0:
+            attach(self.host_sys, place, "the host's, as is the network")
+        else:
+            flags = INERT if self.options.privileged else INERT + "|MS_RDONLY"
+            mount("sysfs", at(place), "sysfs", flags, None, "devices as the network namespace has them")
 
     def clone_device(self, path: str) -> int:
         """Return a clone of a device node of the host's.
@@ -1352,7 +1394,8 @@ class Rootfs:
         options = self.options
         filesystems = [] if options.rootfs else open_host_mounts()
         # overlay wants the topmost first
-        lowers = [open_path(path, f"--rootfs {path}", "O_DIRECTORY|") for path in options.rootfs[::-1] or ["/"]]
+        rootfs = options.rootfs[::-1] or ["/"]
+        lowers = [open_path(path, f"--rootfs {path}", "O_DIRECTORY|") for path in rootfs]
         layer = self.layer
         if options.upperdir:
             layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
@@ -1373,7 +1416,7 @@ class Rootfs:
                 self.mount_overlay([lower], layer, path.replace("%", "%25").replace("/", "%2F"), at(target))
                 self.overlays.append(open_inside(path, why, "", self.top, "RESOLVE_NO_SYMLINKS"))
             except OSError as error:  # a file, or of a filesystem that overlay does not take, such as FAT
-                if error.errno not in (errno.EINVAL, errno.ENOTDIR, errno.ENAMETOOLONG):  # too long: the suffix
+                if error.errno not in (errno.EINVAL, errno.ENOTDIR, errno.ENAMETOOLONG):  # the suffix
                     raise
                 flags = "|".join(filter(None, ("MOUNT_ATTR_RDONLY", self.nodev_attribute)))
                 attach(clone_tree(at(lower), why, flags, "0"), target, why)
@@ -1401,7 +1444,8 @@ class Rootfs:
             places.append(open_path(path, "for the overlay", "O_DIRECTORY|O_NOFOLLOW|"))
         if not suffix:
             self.write_names(at(places[0]), lowers)
-        data = f"xino=on,lowerdir={':'.join(map(at, lowers))},upperdir={at(places[0])},workdir={at(places[1])}"
+        upper, work = map(at, places)
+        data = f"xino=on,lowerdir={':'.join(map(at, lowers))},upperdir={upper},workdir={work}"
         if self.options.rootless:
             data += ",userxattr"  # overlay marks files by xattrs; trusted.* needs root outside
         mount("overlay", target, "overlay", self.nodev, data, "a writable layer over what is never changed")
@@ -1421,7 +1465,7 @@ class Rootfs:
         """
         options = self.options
         texts = {"hostname": options.hostname + "\n", "resolv.conf": "",
-                 "hosts": f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost ip6-localhost\n"}  # fmt: skip
+                 "hosts": f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost\n"}  # fmt: skip
         for name in texts if options.network == "host" else ():
             texts[name] = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
         texts["hosts"] += "".join(line + "\n" for line in options.add_host)
@@ -1460,7 +1504,7 @@ class Rootfs:
             attach(clone, open_path(path, "where the device goes"), f"the device {path}")
 
     def place_cgroups(self) -> None:
-        """Open where the cgroups go: init mounts them when it has joined, but volumes may be on /sys by then."""
+        """Open where the cgroups go: init mounts them when it has joined; volumes may be on /sys by then."""
         top = "/sys/fs/cgroup"
         place = attempt(open_path, top, "where the cgroups go")
         if place is None:
@@ -1483,12 +1527,14 @@ class Rootfs:
         """Hide what tells of the host, freeze what would change the one kernel that all share."""
         if self.options.privileged:
             return
-        throttles = [f"{CPUS}/{name}/thermal_throttle" for name in os.listdir(CPUS) if name[3:].isdigit()] if exists(CPUS) else []
+        cpus = [name for name in (os.listdir(CPUS) if exists(CPUS) else ()) if name[3:].isdigit()]
+        throttles = [f"{CPUS}/{name}/thermal_throttle" for name in cpus]
         for path in filter(exists, MASKED_PATHS + throttles):
             if stat.S_ISDIR(os.stat(path).st_mode):
                 mount("tmpfs", path, "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", "hide this directory")
             else:
-                attach(clone_tree("/dev/null", "hide a file"), open_path(path, f"hide {path}"), f"hide {path}")
+                why = f"hide {path}"
+                attach(clone_tree("/dev/null", why), open_path(path, why), why)
         flags = "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NOSUID|MOUNT_ATTR_NODEV|MOUNT_ATTR_NOEXEC"
         for path in filter(exists, READ_ONLY_PATHS):
             why = f"make {path} read-only"
@@ -1538,7 +1584,7 @@ def refuse_chroot() -> None:
     os.close(here)
     if not is_top:
         raise Failure("this is a chroot, whose inside could be left for the true root above: refused",
-                      "unshare --mount, mount --bind the chroot on itself, and pivot_root into it")  # fmt: skip
+                      "unshare --mount, bind the chroot on itself, and pivot_root into it")  # fmt: skip
 
 
 def open_path(path: str, why: str, flags: str = "") -> int:
@@ -1547,7 +1593,7 @@ def open_path(path: str, why: str, flags: str = "") -> int:
 
 
 def clone_tree(path: str, why: str, flags: str = "", recursive: str = "AT_RECURSIVE") -> int:
-    """Return a copy of the mount that `path` is in, from `path` on with all mounts below; attached nowhere yet.
+    """Return a copy of the mount that `path` is in, from `path` on with all below; attached nowhere yet.
 
     See open_tree(2).
     """
@@ -1559,7 +1605,8 @@ def clone_tree(path: str, why: str, flags: str = "", recursive: str = "AT_RECURS
 
 def set_attributes(fd: int, flags: str, why: str, recursive: str) -> None:
     """Add flags to the mount behind `fd`, and to all below it. See mount_setattr(2)."""
-    attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)  # struct mount_attr: set, clear, propagation, userns
+    # struct mount_attr: set, clear, propagation, userns
+    attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)
     why = f"{why} ({flags})"
     call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes), why=why)
 
@@ -1581,7 +1628,8 @@ def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_F
     resolve = value_of("RESOLVE_IN_ROOT|" + (how or "RESOLVE_NO_MAGICLINKS"))
     open_how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, resolve)  # flags, mode, resolve
     try:
-        return int(call("openat2", root, path, open_how, len(open_how), why=f"{why}: {path} in the container"))
+        place = f"{why}: {path} in the container"
+        return int(call("openat2", root, path, open_how, len(open_how), why=place))
     except FileNotFoundError:
         if not create:
             raise
@@ -1621,11 +1669,12 @@ UNSHOWABLE = (*COVERED, errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO, e
 
 
 def read_mountinfo():  # type: ignore[no-untyped-def]
-    """Yield (id, device, root, mount point, type, options of the type) of each mount. See proc_pid_mountinfo(5)."""
+    """Yield (id, device, root, mount point, type, its options) of each mount. See proc_pid_mountinfo(5)."""
     for line in read_file("/proc/self/mountinfo", "read the table of mounts").rstrip("\n").split("\n"):
         number, _, device, *paths = line.split(" ")
         # \040 is a space; splitlines() would also split at what a name may have
-        root, point = (os.fsdecode(os.fsencode(path).decode("unicode_escape").encode("latin-1")) for path in paths[:2])
+        root, point = (os.fsdecode(os.fsencode(path).decode("unicode_escape").encode("latin-1"))
+                       for path in paths[:2])  # fmt: skip
         fstype, _, words = paths[paths.index("-") + 1 :][:3]
         yield number, device, root, point, fstype, words
 
@@ -1810,7 +1859,8 @@ def find_user(options: Options) -> "tuple[int, int, list[int], str]":
     table = read_inside("/etc/group")
     groups = [row[2] for row in table if name and not group and name in row[3].split(",")]
     by_name = {row[0]: row[2] for row in reversed(table)}
-    gid, *added = [word if word.isdecimal() else by_name.get(word, word) for word in (group or gid, *options.group_add)]
+    gid, *added = [word if word.isdecimal() else by_name.get(word, word)
+                   for word in (group or gid, *options.group_add)]  # fmt: skip
     numbers = [user, gid, *added, *groups]
     for place, number in enumerate(numbers):
         if not (number.isascii() and number.isdecimal() and len(number) < 11 and int(number) < (1 << 32) - 1):
@@ -1830,8 +1880,10 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
     user takes away. See credentials(7), seccomp(2).
     """
     kept = find_kept_capabilities(options)
+    if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
+        write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
     try:
-        call("keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="a session keyring of its own: root's stays out of reach")
+        call("keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="a keyring of its own, not that of root")
     except OSError as error:
         if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
             raise
@@ -1842,7 +1894,8 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
     for name, limit in options.ulimit:
         call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
     if options.process_limit:  # refused where the caller's own is lower already
-        attempt(call, "setrlimit", RESOURCES.index("nproc"), options.process_limit, why="--pids-limit without a cgroup")
+        limit = options.process_limit
+        attempt(call, "setrlimit", RESOURCES.index("nproc"), limit, why="--pids-limit without a cgroup")
     if not options.privileged and "seccomp=unconfined" not in options.security_opt:
         program = ctypes.create_string_buffer(seccomp_filter(kept))
         # struct sock_fprog: how many steps, where they are
@@ -1886,14 +1939,14 @@ def close_all_but(*kept: int) -> None:
 
 
 def set_up_network(options: Options) -> None:
-    """Bring up lo, all that a new network namespace has, and let every user have port 80 and ping. See netdevice(7)."""
-    fd = call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket can speak of network devices")
+    """Bring up lo, all that a new network namespace has; let everybody have port 80, ping. netdevice(7)."""
+    fd = call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that")
     request = struct.pack("16sH14x", b"lo", 1)  # struct ifreq: IFF_UP
     call("ioctl", fd, "SIOCSIFFLAGS", request, why="bring up lo")
     os.close(fd)
     groups = "0 0" if options.rootless else "0 2147483647"  # in a user namespace there is but one
     for name, value in (("ip_unprivileged_port_start", "0"), ("ping_group_range", groups)):
-        attempt(write_file, f"/proc/sys/net/ipv4/{name}", value, "in a network of its own nobody is in the way")
+        attempt(write_file, f"/proc/sys/net/ipv4/{name}", value, "nobody is in the way there")
 
 
 def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> None:
@@ -1902,10 +1955,11 @@ def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> N
     Late, so that this interpreter is not charged and small limits work; before the command's first
     instruction, so that no child of it can be outside.
     """
-    steps = [(number, fd, data, cgroup) for cgroup in cgroups for number, (fd, data) in enumerate(cgroup.joins)]
+    steps = [(number, fd, data, cgroup) for cgroup in cgroups
+             for number, (fd, data) in enumerate(cgroup.joins)]  # fmt: skip
     for number, fd, data, cgroup in sorted(steps, key=lambda step: step[0]):
-        if number == 1:  # --privileged on v2: the first is to be the root of the namespace, the second below it
-            call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
+        if number == 1:  # --privileged on v2: the first is to be the root of the namespace
+            call("unshare", "CLONE_NEWCGROUP", why="its root is the cgroup that it is made in")
         try:
             call("write", fd, data, why=f'join the cgroup, "0" is the one who writes ({cgroup.directory})')
         except OSError as error:  # v1's cpu lets no real-time caller in; that matters to who asked for it
@@ -1913,7 +1967,8 @@ def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> N
                 raise
     if not any(number for number, *_ in steps):
         call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
-    flags, why = INERT if options.privileged else f"MS_RDONLY|{INERT}", "the container's own cgroup, nothing above"
+    flags = INERT if options.privileged else f"MS_RDONLY|{INERT}"
+    why = "the container's own cgroup, nothing above"
     for cgroup, place in places:
         if cgroup:
             fstype = "cgroup" if cgroup.version == 1 else "cgroup2"
@@ -1921,10 +1976,11 @@ def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> N
 
 
 def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
-    """Give the command its descriptors 0 to 2: a terminal of its own, pipes to run(), or the caller's files."""
+    """Give the command 0 to 2: a terminal of its own, pipes to run(), or the caller's files."""
     targets = dict(stdio)
     if options.tty:
-        fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why="the terminal whose other end run() holds")
+        why = "the terminal whose other end run() holds"
+        fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why=why)
         call("ioctl", fd, "TIOCSCTTY", 0, why="the controlling terminal: Ctrl-C, job control")
         create_file("/dev/console", "")
         why = "its terminal by another name"
@@ -1937,7 +1993,7 @@ def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
 
 
 def give_stdio(options: Options, uid: int, our_pipe: int) -> None:
-    """Give terminals and pipes at 0 to 2 to the command's user, who may want to open /dev/stdout by its name."""
+    """Give terminals and pipes at 0 to 2 to the command's user, who may want to open /dev/stdout by name."""
     pipes = os.fstat(our_pipe).st_dev  # of all pipes without a name: a FIFO of the host's stays as it is
     for fd in (0, 1, 2) if uid and not options.rootless else ():
         if os.isatty(fd) or os.fstat(fd).st_dev == pipes:
@@ -1951,7 +2007,8 @@ def enter_workdir(options: Options) -> None:
         call("fchdir", open_inside(path, "--workdir", "dir"), why=f"start in {path}")
         return
     private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())  # other files under the same names
-    fd = None if is_below(options.cwd, private) else attempt(open_inside, options.cwd, "the caller's directory")
+    hidden = is_below(options.cwd, private)
+    fd = None if hidden else attempt(open_inside, options.cwd, "the caller's directory")
     if not fd or not stat.S_ISDIR(os.fstat(fd).st_mode):
         where = options.cwd or "which is deleted,"
         log.warning(f"the current directory {where} is not visible inside: starting in /")
@@ -1985,7 +2042,9 @@ def restore_signals(caller_mask: "set[int]") -> None:
 
 def find_command(command: str, path: str) -> "list[str]":
     """Return where `command` may be: as it is with a slash in it, else in each directory of `path`."""
-    return [command] if "/" in command else [f"{place or '.'}/{command}" for place in path.split(":") if command]
+    if "/" in command:
+        return [command]
+    return [f"{place or '.'}/{command}" for place in path.split(":") if command]
 
 
 def refuse_own_python(paths: "list[str]") -> None:
@@ -1999,7 +2058,8 @@ def refuse_own_python(paths: "list[str]") -> None:
     for path in paths:
         for _ in range(6):  # the command, and the 5 interpreters that the kernel follows
             if attempt(is_own_python, path):
-                raise Failure(f"{path}: leads to the program that runs mydocker: refused", "", EXIT_NOT_EXECUTABLE)
+                text = f"{path}: leads to the program that runs mydocker: refused"
+                raise Failure(text, "", EXIT_NOT_EXECUTABLE)
             path = attempt(find_interpreter, path)
             if not path:
                 break
@@ -2032,7 +2092,7 @@ def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[
 
     By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
     """
-    hint = "" if options.rootfs else "there are no images here: --rootfs DIR names a root filesystem, the host's is seen"
+    hint = "" if options.rootfs else "there are no images here: --rootfs DIR names a root filesystem"
     failure = Failure(f"{argv[0] or repr(argv[0])}: command not found", hint, EXIT_NOT_FOUND)
     for path in paths:
         try:
@@ -2043,7 +2103,8 @@ def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[
                 what = interpreter
             if os.path.isfile(path):
                 what = "the ELF loader" if what == path else what
-                failure = Failure(f"{path}: its interpreter, {what}, is not in the container", "", EXIT_NOT_FOUND)
+                text = f"{path}: its interpreter, {what}, is not in the container"
+                failure = Failure(text, "", EXIT_NOT_FOUND)
                 break
         except OSError as error:
             why = "it is a directory" if os.path.isdir(path) else os.strerror(error.errno)
@@ -2083,7 +2144,7 @@ class Pump:
         except BlockingIOError:
             return False
         except OSError as error:
-            # EIO: nobody has the other end of the pty open, and all is read. What breaks off at stdin has ended, too
+            # EIO: nobody has the other end of the pty open, all is read. What breaks off at stdin has ended
             if error.errno != errno.EIO and self.is_output:
                 raise Failure(f"the container's output: {error.strerror}") from None
             if error.errno != errno.EIO:
@@ -2109,8 +2170,8 @@ class Pump:
 def relay_terminals(options: Options) -> "tuple[dict[int, int], list[Pump]]":
     """Return what the command gets in place of terminals at 0 to 2, without -t, and the pumps to serve that.
 
-    The caller's terminal never goes in: whoever holds one can read what is typed next, or change its mode. The
-    pumps read it in the caller's job, so that job control holds: in the background the kernel stops run().
+    The caller's terminal never goes in: whoever holds one can read what is typed next, or change its mode.
+    The pumps read it in the caller's job, so that job control holds: in the background the kernel stops us.
     """
     stdio: "dict[int, int]" = {}
     pumps = []
@@ -2150,7 +2211,7 @@ class Terminal:
     def begin(self, pumps: "list[Pump]") -> None:
         """Pass every key on as it is: what Ctrl-C means is for the container's terminal to say.
 
-        Only in the foreground: in the background the terminal is somebody else's, until SIGCONT says otherwise.
+        Only in the foreground: in the background the terminal is another's, until SIGCONT says otherwise.
         """
         if not self.interactive or os.isatty(0) and not is_foreground():
             return
@@ -2160,7 +2221,7 @@ class Terminal:
             import tty  # here only: not every run has a terminal
 
             NAMES["setraw"] = tty.setraw
-            self.saved = self.saved or call("tcgetattr", 0, why="to put the caller's terminal back in the end")
+            self.saved = self.saved or call("tcgetattr", 0, why="to put the caller's terminal back")
             log.end = b"\r\n"  # from now on
             call("setraw", 0, "TCSANOW", why="the caller's terminal passes on every key")
 
@@ -2168,12 +2229,12 @@ class Terminal:
         """Type ^D, the end of the input, once all before it is read; return when to come again.
 
         Not earlier: a line editor that changes the terminal's mode would lose it. And again, at longer and
-        longer intervals, because just then it may: the end of a file is still there when it is read twice, too.
+        longer intervals, because just then it may: the end of a file is there when it is read twice, too.
         """
         if self.input.source >= 0 or self.input.held or self.input.problem:
             return None
         if time.monotonic() >= self.next_end:
-            unread = call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read all of the input")
+            unread = call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read it all")
             if not any(unread):
                 attempt(os.write, self.master, b"\x04")
                 self.pause = min(2 * self.pause, 5)
@@ -2219,7 +2280,8 @@ def watch_signals() -> "tuple[set[int], int]":
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller may have left it ignored: no word of the end
     # SIGTTOU is only blocked: to put the terminal back must not stop us
     caller_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*watched, signal.SIGTTOU])
-    sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")  # sigset_t: bit n-1 is signal n
+    # sigset_t: bit n-1 is signal n
+    sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")
     return caller_mask, call("signalfd", -1, sigset, "O_CLOEXEC", why="signals as something to poll for")
 
 
@@ -2232,19 +2294,21 @@ class Container:
     ) -> None:  # fmt: skip
         self.options, self.argv, self.pid, self.signal_fd = options, argv, pid, signal_fd
         self.command_write, self.ready_read, self.pumps = command_write, ready_read, pumps
-        self.wstatus = self.deadline = self.terminal = None
+        self.wstatus = self.deadline = None
+        self.terminal: "Terminal | None" = None
         self.held = False  # it is traced, and so stops at its execve
         self.started = False  # the pipe has ended: init has become the command, or died
         self.early: "list[int]" = []  # signals from before that
         self.stopped_by = ""
 
     def seize(self) -> None:
-        """Have the kernel stop init at its execve, before the first instruction of the new program: see reap().
+        """Have the kernel stop init at its execve, before the new program's first instruction: see reap().
 
         Where that is refused (we are traced ourselves, yama), read_ready() looks as soon as it can.
         """
         why = "to see what it becomes before that can do anything"
-        self.held = attempt(call, "ptrace", "PTRACE_SEIZE", self.pid, 0, "PTRACE_O_TRACEEXEC", why=why) is not None
+        seized = attempt(call, "ptrace", "PTRACE_SEIZE", self.pid, 0, "PTRACE_O_TRACEEXEC", why=why)
+        self.held = seized is not None
 
     def supervise(self) -> int:
         """Relay signals and terminal until the command has ended; return its wait status."""
@@ -2270,7 +2334,8 @@ class Container:
                 if pump.problem and pump.is_output and not self.stopped_by:
                     log.warning(f"stdout: {pump.problem}")
                     self.take_signal(signal.SIGHUP)
-                if pump.source < 0 and not pump.held and not self.terminal and not pump.is_output and pump.target >= 0:
+                ended = pump.source < 0 and not pump.held and not pump.is_output
+                if ended and not self.terminal and pump.target >= 0:
                     os.close(pump.target)  # the command reads the end of its stdin
                     pump.target = -1
             if self.deadline and time.monotonic() >= self.deadline:
@@ -2301,7 +2366,7 @@ class Container:
         os.close(self.command_write)
 
     def read_ready(self) -> None:
-        """Take what init tells: that the pty can be opened; by EOF, that it has become the command, or died."""
+        """Take what init tells: the pty can be opened; by EOF, that it has become the command, or died."""
         if os.read(self.ready_read, 1):
             try:
                 self.terminal = Terminal(self.pid, self.options.interactive)
@@ -2344,14 +2409,13 @@ class Container:
             self.kill(f"{name} before the command was started")
         elif not self.started:
             self.early.append(number)  # init would ignore it
-        elif name in STOPPING and self.stopped_by:
-            if name in ("SIGTERM", "SIGINT"):
-                self.kill(f"{name}, the second signal: killed")
+        elif name in ("SIGTERM", "SIGINT") and self.stopped_by:
+            self.kill(f"{name}, the second signal: killed")
         elif self.wstatus is None:
             if number == signal.SIGCONT and self.terminal:  # back from the background
                 self.terminal.begin(self.pumps)
             call("kill", self.pid, name, why="pass the signal on")
-            if name in STOPPING:
+            if name in STOPPING and not self.stopped_by:
                 self.stopped_by, self.deadline = name, time.monotonic() + self.options.stop_timeout
 
     def reap(self) -> None:
@@ -2370,7 +2434,8 @@ class Container:
                 request, number = "PTRACE_DETACH", 0
             elif event:  # _STOP: it stays stopped until SIGCONT
                 request, number = "PTRACE_LISTEN", 0
-            attempt(call, "ptrace", request, self.pid, 0, number, why="let it go on")  # or it was killed meanwhile
+            # it may have been killed meanwhile
+            attempt(call, "ptrace", request, self.pid, 0, number, why="let it go on")
 
     def kill(self, message: str) -> None:
         """Kill the container, and say which step ended it: last, as stderr may be a stopped terminal."""
@@ -2404,8 +2469,8 @@ def enter_user_namespace() -> None:
         write_file("/proc/self/uid_map", f"0 {uid} 1", "user 0 inside is the caller")
     except OSError as error:
         hint = "with sudo it works" if uid else "in a container: start that one with --privileged"
-        for row in ("kernel.apparmor_restrict_unprivileged_userns 1 0", "kernel.unprivileged_userns_clone 0 1",
-                    "user.max_user_namespaces 0 15000"):  # fmt: skip
+        for row in ("kernel.apparmor_restrict_unprivileged_userns 1 0",
+                    "kernel.unprivileged_userns_clone 0 1", "user.max_user_namespaces 0 15000"):  # fmt: skip
             setting, bad, good = row.split()
             path = "/proc/sys/" + setting.replace(".", "/")  # not every kernel has each of them
             if (attempt(read_file, path, "what forbids it") or "").strip() == bad:
@@ -2459,7 +2524,7 @@ def print_help(of_run: bool) -> None:
     """Describe the command line. argparse is imported here only: nothing else needs it."""
     import argparse
 
-    status = ("Exit status: the command's; 125 when mydocker failed, 126 when the command cannot be executed, "
+    status = ("Exit status: the command's; 125 when mydocker failed, 126 when it cannot be executed, "
               "127 when it is not found, 128+n when signal n killed it.")  # fmt: skip
     parser = argparse.ArgumentParser(
         prog="mydocker.py", usage=USAGE, epilog=status if of_run else f"{SEE_HELP}.", add_help=False,
@@ -2469,7 +2534,7 @@ def print_help(of_run: bool) -> None:
     if not of_run:
         parser.add_argument("--version", action="version", version=VERSION, help="show the version")
     for option in TABLE if of_run else ():
-        kind = {"metavar": option.metavar} if option.metavar else {"action": "store_true"}
+        kind: "dict" = {"metavar": option.metavar} if option.metavar else {"action": "store_true"}
         parser.add_argument(*option.names, help=option.text.replace("%", "%%"), **kind)
     print(parser.format_help(), end="")  # by print_help, an error of stdout would be lost
 

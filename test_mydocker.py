@@ -23,6 +23,7 @@ import pty
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -32,7 +33,6 @@ import subprocess
 import sys
 import tempfile
 import termios
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -458,6 +458,70 @@ def remove(directory):
     shutil.rmtree(str(directory))
 
 
+ANOTHER_PID_NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc"]
+KIND_OF_PROC = ("stat", "-f", "-c", "%T", "/proc")
+
+EXCHANGE = """import ctypes, os, sys
+one, two = map(os.fsencode, sys.argv[1:])
+renameat2, at_fdcwd, rename_exchange = ctypes.CDLL(None).renameat2, -100, 2
+while renameat2(at_fdcwd, one, at_fdcwd, two, rename_exchange) == 0: pass"""
+
+
+@contextlib.contextmanager
+def exchanging(one, two):
+    """Another process has two names change places all the while; afterwards they are as they were."""
+
+    def inode():
+        return os.lstat(str(one)).st_ino
+
+    before = inode()
+    process = subprocess.Popen([PYTHON, "-c", EXCHANGE, str(one), str(two)])
+    try:
+        wait_until(lambda: inode() != before, "the first exchange")
+        yield
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+        if inode() != before:
+            spare = Path(f"{one}.spare")
+            Path(one).rename(spare), Path(two).rename(one), spare.rename(two)
+
+
+@contextlib.contextmanager
+def bound(source, path):
+    """A bind mount of the host's."""
+    if os.geteuid():
+        pytest.skip("only root can mount the example")
+    subprocess.run(["mount", "--bind", str(source), str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def image(caller, *options):
+    """A layer on top of busybox's, and the caller with both."""
+    layer = caller.path("image")
+    (layer / "etc").mkdir()
+    options = ("--rootfs", caller.rootfs, "--rootfs", layer, *options)
+    return layer, Caller(caller.uid, caller.python, caller.dir, caller.rootfs, options)
+
+
+def own_cgroup(pid1, controller="memory"):
+    """The directory of a container's own, which on v2 has another below it that holds the processes."""
+    path = cgroup_of(pid1, controller)
+    return path.parent if version(controller) == 2 else path
+
+
+def refused_as(caller, option, *value):
+    """What mydocker said to an option, or to its value, which is not that there is no such option."""
+    said, unknown = refusal(caller(option, *value, "true")), refusal(caller("--nosuch", "true"))
+    assert option in said or value and value[0] in said, said
+    assert said.replace(option, "") != unknown.replace("--nosuch", "") and "internal error" not in said, said
+    return said
+
+
 # ---- Fixtures ------------------------------------------------------------------------
 
 
@@ -584,7 +648,8 @@ OPTIONS = """--interactive --tty --memory --memory-swap --memory-swappiness --cp
     --cpus --cpuset-cpus --cpuset-mems --pids-limit --oom-score-adj --rootfs --upperdir
     --read-only --volume --tmpfs --workdir --env --user --hostname --name --network
     --cap-add --cap-drop --privileged --pidfile --cgroup-parent --stop-timeout
-    --explain --log-format""".split()
+    --explain --log-format --rm --ulimit --group-add --env-file --shm-size --device --add-host
+    --security-opt""".split()
 
 
 @pytest.fixture
@@ -835,6 +900,44 @@ def test_the_commands_own_words_may_look_like_our_options(busybox):
     assert out == "-cpuset -ti\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    """-m 0|--memory=0|--cpus 0|--cpus=0.0|-c 0|--cpu-shares 0|--pids-limit 0|--memory-swap 0
+    --memory-swappiness -1|--user=|--cpuset-cpus=|--name=|--rm|--rm=true|-ti --tty=false|-t --tty=0
+    --interactive=false|--read-only=false|--privileged=false|--tty=False|-i --interactive=F
+    -m 0 --memory-swap 0""".replace("\n    ", "|").split("|"),
+)
+def test_what_docker_reads_as_not_set_is_not_set(busybox, words):
+    script = "[ ! -t 0 ] && : >/file && id -u && grep CapEff /proc/self/status"
+    uid, capability = busybox.out(*words.split(), *SH, script).splitlines()
+    assert (uid, capability) == ("0", busybox.out("grep", "CapEff", "/proc/self/status").strip())
+
+
+@pytest.mark.parametrize(
+    "words, remedy",
+    [
+        ("-d", ""), ("--detach", ""), ("-p 8080:80", "--network"), ("--publish 80:80", "--network"),
+        ("--mount type=bind,src=/etc,dst=/x", "-v"), ("--entrypoint sh", "command"), ("--init", ""),
+        ("--restart always", ""),
+    ],
+)  # fmt: skip
+def test_an_option_of_dockers_that_cannot_be_is_told_with_what_to_do_instead(anybody, words, remedy):
+    option, *value = words.split()
+    assert remedy in refused_as(anybody, option, *value).replace(option, "").lower()
+    refusal(anybody(f"-i{option[1:]}" if option == "-d" else f"{option}={''.join(value)}", "true"))
+
+
+@root_only
+@pytest.mark.parametrize("name", ["alpine", "ubuntu:22.04", "busybox:latest"])
+def test_the_name_of_an_image_is_told_that_rootfs_is_the_way(mydocker, name):
+    said = refusal(mydocker(name, "sh", cwd="/"), 127)
+    assert said.startswith(f"mydocker: {name}: command not found\n") and "--rootfs" in said
+
+
+def test_a_name_may_have_200_characters(busybox):
+    assert busybox.out("--name", "n" * 200, "echo", "fine") == "fine\n"
+
+
 # ---- Namespaces and root filesystem --------------------------------------------------
 
 
@@ -1060,7 +1163,7 @@ def test_more_layers_than_mount_takes_are_refused(busybox):
 
 @root_only
 @pytest.mark.parametrize(
-    "error, said", [("ENODEV", "modprobe overlay"), ("EINVAL", "on overlay"), ("ELOOP", "the same directory twice")]
+    "error, said", [("ENODEV", "modprobe"), ("EINVAL", "on overlay"), ("ELOOP", "same directory twice")]
 )
 def test_an_overlay_that_the_kernel_refuses_is_told_with_the_reason(busybox, error, said):
     told, _ = steps(busybox("--explain", "true").err)
@@ -1348,6 +1451,158 @@ def test_a_callers_directory_that_is_not_visible_gives_the_root_and_a_line(mydoc
     assert [line for line in result.err.splitlines() if "/dev/shm" in line]
 
 
+@root_only
+def test_no_mount_of_the_hosts_comes_to_lie_on_proc(mydocker):
+    """Its owner exchanges a directory above it for a link while the path is walked."""
+    place, link = mydocker.path("place"), mydocker.dir / "link"
+    (place / "proc").mkdir()
+    link.symlink_to("/")
+    with mounted(place / "proc"), exchanging(place, link):
+        results = [mydocker(*KIND_OF_PROC, cwd="/") for _ in range(20)]
+    assert {result[:2] for result in results} == {(0, "proc\n")}
+
+
+@root_only
+def test_no_mount_of_the_hosts_comes_to_lie_on_proc_by_a_link_in_the_upperdir(mydocker):
+    usb, upper = mydocker.path("usb"), mydocker.path("up", mode=0o700)
+    for link in "/proc", "/":
+        script = f"rm -rf {usb} && ln -s {link} {usb}"
+        assert mydocker("--upperdir", upper, *SH, script, cwd="/").status == 0
+        with mounted(usb):
+            (usb / "proc").mkdir(), (usb / "file").touch()
+            result = mydocker("--upperdir", upper, *KIND_OF_PROC, cwd="/")
+        assert result[:2] == (0, "proc\n"), result
+
+
+@root_only
+def test_what_was_locked_as_upperdir_is_what_is_used(busybox):
+    """A user who owns the directory exchanges the layer for one of his own."""
+    upper = busybox.path("up")
+    for name, uid, mode in ("layer", 0, 0o700), ("evil", ORDINARY_UID, 0o755):
+        busybox.path(f"up/{name}", mode=mode)
+        os.chown(str(upper / name), uid, uid)
+    evil = os.open(str(upper / "evil"), os.O_RDONLY)
+    with exchanging(upper / "layer", upper / "evil"):
+        results = [busybox("--upperdir", upper, *SH, "echo x >/mark; cat /mark") for _ in range(40)]
+    found = os.listdir(evil)
+    os.close(evil)
+    assert found == []
+    assert any(result.status == 0 for result in results)
+    assert all(result == Result(0, "x\n", "") or refusal(result) for result in results)
+
+
+@root_only
+def test_started_in_a_chroot_nobody_climbs_out_of_both(account):
+    """pivot_root works there, and what is above it is the machine's own root."""
+    script = 'mount --rbind / "$0" && exec chroot "$0" "$@"'
+    around = ["unshare", "--mount", "sh", "-c", script, account.path("chroot")]
+    for words in ("echo", "in"), ("--rootfs", account.rootfs, "echo", "in"):
+        assert "chroot" in refusal(account.under(around, *words, cwd="/"))
+
+
+@user_only
+def test_without_root_other_procs_and_binds_of_run_are_hidden(mydocker):
+    proc, run = mydocker.path("proc"), mydocker.path("run")
+    with tempfile.TemporaryDirectory(dir="/run") as secret, mounted(proc, "proc"), bound(secret, run):
+        Path(secret, "secret").write_text("")
+        os.chmod(secret, 0o755)
+        assert (proc / "self").exists() and (run / "secret").exists()
+        result = mydocker(*SH, f"echo $(ls -A {proc} {run})")
+    assert result.status == 0 and not {"self", "version", "secret"} & set(result.out.split()), result
+
+
+@root_only
+def test_the_device_nodes_are_the_containers_own(busybox):
+    """And so is the file that masks others."""
+    nodes = [f"/dev/{name}" for name in "null zero full random urandom tty".split()]
+
+    def on_the_host():
+        return [(path, entry.st_mode, entry.st_uid, entry.st_mtime) for path in nodes
+                for entry in [os.stat(path)]]  # fmt: skip
+
+    before = on_the_host()
+    masked = [path for path in ("/proc/kcore", "/proc/keys", "/proc/timer_list") if os.path.isfile(path)]
+    script = f"""touch -d 2001-01-01 {' '.join(nodes)}; touch -d 2001-01-01 {' '.join(masked)} 2>/dev/null
+        chmod 0600 /dev/full && chown 1:1 /dev/full && stat -c '%a %u' /dev/full; echo x >/dev/null"""
+    try:
+        result = busybox(*SH, script)
+        after = on_the_host()
+    finally:
+        for path, mode, uid, mtime in before:
+            os.chmod(path, stat.S_IMODE(mode)), os.chown(path, uid, -1), os.utime(path, (mtime, mtime))
+    assert (after, result) == (before, Result(0, "600 1\n", ""))
+
+
+def test_files_and_directories_are_on_one_device(busybox):
+    """Overlay does without only with xino=on."""
+    assert busybox.out(*SH, "stat -c %d / /bin /bin/busybox /etc/passwd | uniq | wc -l") == "1\n"
+
+
+@root_only
+def test_the_hosts_view_is_one_filesystem_to_du_and_ismount(mydocker):
+    (mydocker.path("some/below") / "file").write_bytes(b"x" * MIB)
+    kib = mydocker.out("du", "-xs", "some").split()[0]
+    assert kib == mydocker.out("du", "-s", "some").split()[0] and int(kib) >= 1024
+    source = "import os; print(os.path.ismount('/etc/passwd'))"
+    assert mydocker.out(PYTHON, "-c", source) == "False\n"
+
+
+def test_the_hosts_view_has_a_run_lock(mydocker):
+    result = mydocker(*SH, "stat -c %a /run/lock && touch /run/lock/x && ls /run/lock")
+    assert result[:2] == (0, "1777\nx\n")
+    assert not os.path.exists("/run/lock/x")
+
+
+@root_only
+def test_a_filesystem_that_only_its_user_may_enter_is_told_as_that(busybox):
+    need(os.path.exists("/dev/fuse"), "FUSE")
+    remote = busybox.path("remote")
+    for options in (*busybox.options, "-v", f"{remote}:/m"), ("--rootfs", remote):
+        words = [PYTHON, "-c", MOUNT_FUSE, str(remote), "1000", *busybox.words("run", *options, "true")]
+        said = refusal(ended(busybox.popen(["unshare", "--mount", *words])))
+        assert "Permission denied" in said and str(remote) in said
+
+
+@user_only
+def test_a_directory_that_may_not_be_entered_is_told_as_that(busybox):
+    inside = busybox.path("closed/inside")
+    inside.parent.chmod(0)
+    for options in ("-v", f"{inside}:/m"), ("--rootfs", inside):
+        assert "Permission denied" in refusal(busybox(*options, "true"))
+    inside.parent.chmod(0o755)
+
+
+def as_user_after(caller, script, *words):
+    """Run mydocker.py as the ordinary user after root has changed the surroundings."""
+    if os.geteuid():
+        pytest.skip("only root can prepare the example")
+    become = ["setpriv", f"--reuid={caller.uid}", f"--regid={caller.uid}", "--clear-groups"]
+    around = ["unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh", *become]
+    return ended(caller.popen([*around, *caller.words("run", *words)], preexec_fn=None))
+
+
+@user_only
+def test_a_covered_proc_is_told_with_the_remedy(busybox):
+    """As in a container of docker's: the kernel mounts no new one then."""
+    said = refusal(as_user_after(busybox, "mount -t tmpfs none /proc/fs", *busybox.options, "true"))
+    assert "/proc" in said
+
+
+@user_only
+@pytest.mark.parametrize(
+    "options", ["-v {0}:/usr/data", "-w /usr/work", "--network host", "-h box", ""], ids=str.split
+)
+def test_a_rootfs_of_anothers_works_or_is_told_as_that(account, accounts, options):
+    """Overlay cannot make a file in a directory whose owner the user namespace does not have."""
+    need("root" in accounts, "root (use sudo)")
+    words = options.format(account.path("data")).split()
+    result = account("--rootfs", accounts["root"].rootfs, *words, "echo", "fine")
+    if "/usr" in options and result.status:
+        assert "own" in refusal(result)
+    else:
+        assert result == Result(0, "fine\n", "")
+
+
 # ---- Options -------------------------------------------------------------------------
 
 
@@ -1625,7 +1880,8 @@ def test_network_host_brings_the_hosts_names(busybox, name):
 def test_network_host_brings_copies_of_the_hosts_names(busybox, name):
     need(os.path.exists(f"/etc/{name}"), f"/etc/{name}")
     before = read(f"/etc/{name}")
-    assert busybox.out("--network", "host", *SH, f"echo more >>/etc/{name}; tail -n 1 /etc/{name}") == "more\n"
+    script = f"echo more >>/etc/{name}; tail -n 1 /etc/{name}"
+    assert busybox.out("--network", "host", *SH, script) == "more\n"
     assert read(f"/etc/{name}") == before
 
 
@@ -1713,6 +1969,351 @@ def test_nsenter_enters_by_the_pidfile(busybox):
         container.line()
         command = ["nsenter", "-t", str(container.pid1), "-u", "hostname"]  # -a would run what is inside
         assert subprocess.check_output(command, cwd="/") == b"entered\n"
+
+
+@root_only
+def test_no_flag_of_a_volume_is_lost_to_a_rename(busybox):
+    """One source at two places, and who shares a volume leads the second mount to the first."""
+    data = busybox.path("data")
+    (data / "x").mkdir(), (data / "sub").mkdir(), (data / "link").symlink_to("/w")
+    volumes = ("-v", f"{data}:/v", "-v", f"{data}/x:/w", "-v", f"{data}/x:/v/sub:ro")
+    with exchanging(data / "sub", data / "link"):
+        results = [busybox(*volumes, "cat", "/proc/self/mountinfo") for _ in range(150)]
+    assert any(result.status == 0 for result in results)
+    for result in results:
+        if result.status:
+            refusal(result)
+            continue
+        rows = [line.split() for line in result.out.splitlines()]
+        flags = {row[0]: row[5].split(",") for row in rows if re.search("/data(/x)?$", row[3])}
+        assert len(flags) == 3 and all("nodev" in words for words in flags.values()), result
+        assert sum("ro" in words for words in flags.values()) == 1, result
+
+
+@pytest.mark.parametrize("mode, error", [("z", 0), ("Z", 0), ("rw,Z", 0), ("ro,z", 1), ("z,ro", 1)])
+def test_the_labels_that_dockers_volumes_have_do_nothing(busybox, mode, error):
+    data = busybox.path("data")
+    assert busybox("-v", f"{data}:/v:{mode}", "touch", "/v/file").status == error
+    assert os.listdir(str(data)) == ["file"] * (not error)
+
+
+@pytest.mark.parametrize(
+    "options", ["-v {0}:/x -v {1}:/x", "-v {0}:/x/ -v {1}:/x", "-v {0}:/x --tmpfs //x"]
+)
+def test_two_mounts_on_one_place_are_refused(busybox, options):
+    words = options.format(busybox.path("one"), busybox.path("two")).split()
+    said = refusal(busybox(*words, "true"))
+    assert "/x" in said
+
+
+@pytest.mark.parametrize("outer", ["-v {}:/x/", "--tmpfs /x/", "-v {}://x"])
+def test_a_place_with_a_slash_at_its_end_is_the_same_place(busybox, outer):
+    inner, above = busybox.path("inner"), busybox.path("above")
+    (inner / "file").touch()
+    assert busybox.out("-v", f"{inner}:/x/y", *outer.format(above).split(), "ls", "/x/y") == "file\n"
+
+
+@pytest.mark.parametrize(
+    "place, mode", [("/root", "700"), ("/etc", "755"), ("/new", "1777"), ("/root:mode=750", "750")]
+)
+def test_a_tmpfs_keeps_the_mode_of_the_directory(busybox, place, mode):
+    assert busybox.out("--tmpfs", place, "stat", "-c", "%a", place.split(":")[0]) == f"{mode}\n"
+
+
+def test_read_only_has_the_places_made_before(busybox):
+    file = busybox.path("file", "mine")
+    words = ("--read-only", "-w", "/new/dir", "-v", f"{file}:/other/file", "--tmpfs", "/third")
+    result = busybox(*words, *SH, "pwd; cat /other/file; : >/third/x; : >here")
+    assert (result.status, result.out) == (1, "/new/dir\nmine") and "Read-only" in result.err
+
+
+def test_shm_size_is_that_of_dev_shm(busybox):
+    assert busybox.out("--shm-size", "3m", "df", "-k", "/dev/shm").splitlines()[-1].split()[1] == "3072"
+
+
+#    as in /proc/PID/limits, which has "as" besides, whose limit docker does not know
+RLIMITS = """cpu=1000:1001 fsize=1000:2000 data=1073741824 stack=1048576:2097152 core=0 rss=1000000
+    nproc=500:600 nofile=5 memlock=4096:8192 as locks=100 sigpending=100 msgqueue=1000 nice=0 rtprio=0
+    rttime=1000""".split()
+
+
+def test_ulimit_sets_every_limit_that_docker_names(busybox):
+    words = [f"--ulimit={limit}" for limit in ["nofile=99:200", *RLIMITS] if limit != "as"]
+    _, *lines = busybox.out(*words, "cat", "/proc/self/limits").splitlines()
+    for limit, line in zip(RLIMITS, lines):
+        name, _, value = limit.partition("=")
+        soft, _, hard = value.partition(":")
+        assert name == "as" or line[26:].split()[:2] == [soft, hard or soft], line
+
+
+REFUSED = {
+    "--ulimit": ["nofile", "nofile=x", "nofile=1:2:3", "nofile=200:100", "nosuch=1", "nofile=9999999999"],
+    "--add-host": ["name", "name:", ":10.0.0.1", "name:not-an-address", "a\nb:10.0.0.1", "a b:10.0.0.1"],
+    "--security-opt": ["nosuch", "seccomp=/etc/passwd", "no-new-privileges=perhaps", ""],
+    "--device": ["/dev/nosuch", "/etc/passwd:/dev/x"],
+    "--env-file": ["/dev/nosuch", "/etc"],
+    "--shm-size": ["much"],
+    "--group-add": ["nosuch", "4294967295"],
+    "--name": ["n" * 201],
+}
+
+
+@pytest.mark.parametrize("option, value", [(name, value) for name in REFUSED for value in REFUSED[name]])
+def test_a_value_that_cannot_be_is_refused(busybox, option, value):
+    refused_as(busybox, option, value)
+
+
+@user_only
+def test_a_ulimit_beyond_the_callers_is_refused(busybox):
+    around = ["prlimit", "--nofile=100:100"]
+    assert busybox.under(around, "--ulimit", "nofile=99", "echo", "fine") == Result(0, "fine\n", "")
+    assert "--ulimit" in refusal(busybox.under(around, "--ulimit", "nofile=101", "true"))
+
+
+@root_only
+def test_group_add_is_one_group_more(staff):
+    def groups(*words):
+        return sorted(status_field(staff.out(*words, "cat", "/proc/self/status"), "Groups").split())
+
+    assert groups("-u", "4242:4343", "--group-add", "7", "--group-add=wheel") == ["10", "4343", "7"]
+    assert groups("-u", "ann", "--group-add", "7") == ["10", "100", "7"]
+    assert groups("--group-add", "7") == ["0", "10", "7"]
+
+
+ENV_FILE = """# a comment
+  # another
+\t
+PLAIN=a b # c
+QUOTED="x" 'y'
+  LEADS=1
+EMPTY=
+CALLERS
+ABSENT
+TRAILS=x\x20\x20
+EQUALS=a=b
+CR=x\r
+OVER=file
+TWICE=1
+TWICE=2
+"""
+
+
+def test_env_file_is_read_as_docker_reads_it(busybox):
+    file = busybox.path("file", ENV_FILE)
+    busybox.path("other", "OTHER=1")
+    words = ("-e", "OVER=option", "--env-file", file, "--env-file=other")
+    out = busybox.out(*words, "env", env={**os.environ, "CALLERS": "its own"})
+    found = dict(line.split("=", 1) for line in out.splitlines())
+    wanted = {"PLAIN": "a b # c", "QUOTED": "\"x\" 'y'", "LEADS": "1", "EMPTY": "", "CALLERS": "its own",
+              "TRAILS": "x  ", "EQUALS": "a=b", "CR": "x", "OVER": "option",
+              "TWICE": "2", "OTHER": "1"}  # fmt: skip
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert "ABSENT" not in found and not any("#" in name for name in found)
+
+
+@pytest.mark.parametrize("text", ["A B=1\n", "=1\n"], ids=["blank", "no name"])
+def test_an_env_file_without_sense_is_refused(busybox, text):
+    file = busybox.path("file", text)
+    assert str(file) in refusal(busybox("--env-file", file, "true"))
+
+
+def test_an_empty_home_is_filled_from_passwd(busybox):
+    assert busybox.out("-e", "HOME=", *SH, "echo $HOME") == "/root\n"
+
+
+def test_env_of_a_name_that_the_caller_lacks_unsets_it(busybox):
+    environment = {name: value for name, value in os.environ.items() if name != "HOSTNAME"}
+    assert "HOSTNAME" not in busybox.out("-e", "HOSTNAME", "env", env=environment)
+
+
+def test_a_device_of_the_hosts_works_and_is_the_containers_own(busybox):
+    before = os.stat("/dev/zero")
+    script = "head -c 3 /dev/mine|od -An -tx1; stat -c '%F %t:%T' /dev/mine; touch -d 2001-01-01 /dev/mine"
+    out = busybox("--device", "/dev/zero:/dev/mine", *SH, script).out
+    assert out == " 00 00 00\ncharacter special file 1:5\n"
+    assert os.stat("/dev/zero").st_mtime == before.st_mtime
+
+
+@root_only
+def test_a_device_has_its_name_inside(busybox):
+    names = [path for path in ("/dev/fuse", "/dev/net/tun", "/dev/kvm", "/dev/loop0") if os.path.exists(path)]
+    need(names, "a device that a container has not")
+    words = [f"--device={name}" for name in names]
+    numbers = busybox.out(*words, "stat", "-c", "%n %t:%T", *names)
+    assert numbers == subprocess.check_output(["stat", "-c", "%n %t:%T", *names]).decode()
+    assert busybox.out(*words, *SH, f"exec 3<>{names[0]} && echo opened") == "opened\n"
+
+
+@pytest.mark.parametrize("options", ["", "-h box", "--read-only", "--network host"])
+def test_the_container_resolves_its_own_name_and_those_it_is_given(busybox, options):
+    words = (*options.split(), "--add-host", "db:10.1.2.3", "--add-host", "six:2001:db8::1")
+    name, file, *lines = busybox.out(*words, *SH, "hostname; cat /etc/hostname /etc/hosts").splitlines()
+    known = {name: line.split()[0] for line in lines if "#" not in line for name in line.split()[1:]}
+    assert options == "--network host" or (name == file and known[name])
+    assert known["localhost"] in ("127.0.0.1", "::1")
+    assert (known["db"], known["six"]) == ("10.1.2.3", "2001:db8::1")
+    assert "box" not in options or name == "box"
+
+
+@root_only
+def test_the_own_name_resolves_in_the_hosts_view(mydocker):
+    source = "import socket; print(socket.gethostbyname(socket.gethostname()), socket.gethostbyname('db'))"
+    assert mydocker.out("--add-host", "db:10.1.2.3", PYTHON, "-c", source).split()[1] == "10.1.2.3"
+
+
+def test_network_host_has_the_hosts_name_unless_it_is_given_another(busybox):
+    assert busybox.out("--network", "host", "hostname") == socket.gethostname() + "\n"
+    assert busybox.out("--network", "host", "-h", "box", "hostname") == "box\n"
+
+
+@pytest.mark.parametrize("network", ["none", "host"])
+def test_the_files_of_the_network_are_writable_and_the_hosts_stay(busybox, network):
+    names = [name for name in ("hosts", "hostname", "resolv.conf") if os.path.isfile(f"/etc/{name}")]
+    before = [read(f"/etc/{name}") for name in names]
+    paths = " ".join(f"/etc/{name}" for name in names)
+    script = f"for f in {paths}; do echo mine >>$f && tail -n 1 $f; done"
+    assert busybox.out("--network", network, *SH, script) == "mine\n" * len(names)
+    assert [read(f"/etc/{name}") for name in names] == before
+
+
+def test_a_dangling_link_of_an_image_is_followed_inside(account, overlay):
+    layer, caller = image(account)
+    (layer / "etc/resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
+    assert caller.out("--network", "host", "cat", "/etc/resolv.conf") == read("/etc/resolv.conf")
+
+
+@pytest.mark.parametrize("network", ["none", "host"])
+@pytest.mark.parametrize("kind", "circle proc nowhere fifo directory etc".split())
+def test_an_image_whose_files_lead_nowhere_starts_all_the_same(account, overlay, kind, network):
+    layer, caller = image(account)
+    for name in "hosts", "hostname", "resolv.conf":
+        path = layer / "etc" / name
+        if kind == "fifo":
+            os.mkfifo(str(path))
+        elif kind == "directory":
+            path.mkdir()
+        elif kind != "etc":
+            path.symlink_to({"circle": name, "proc": "/proc/net/pnp", "nowhere": "/no/where/../x"}[kind])
+    if kind == "etc":
+        (layer / "etc").rmdir()
+        (layer / "etc").write_text("")
+    assert caller("--network", network, "echo", "fine")[:2] == (0, "fine\n")
+
+
+@root_only
+def test_a_host_whose_resolv_conf_is_in_proc_starts_all_the_same(busybox):
+    script = """mount -t tmpfs none "$0" && cd "$0" && mkdir u w &&
+        mount -t overlay -o lowerdir=/etc,upperdir=u,workdir=w none /etc &&
+        ln -sf /proc/net/pnp /etc/resolv.conf && cd / && exec "$@" """
+    around = ["unshare", "--mount", "sh", "-c", script, busybox.path("scratch")]
+    for options in busybox.options, ():
+        words = [*around, *busybox.words("run", *options, "--network", "host", "echo", "fine")]
+        assert ended(busybox.popen(words, cwd="/"))[:2] == (0, "fine\n")
+
+
+PORT_AND_PING = """if 1:
+    import os, socket
+    socket.socket().bind(("", 80))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP) as ping:
+        ping.sendto(bytes([8, 0, 0xf7, 0xff]) + bytes(4), ("127.0.0.1", 0))
+        print(ping.recv(64)[0])"""
+
+
+def test_low_ports_and_ping_are_everybodys_in_the_own_network(mydocker):
+    user = () if mydocker.uid else ("-u", "1000:1000")
+    assert mydocker(*user, "--cap-drop", "ALL", PYTHON, "-c", PORT_AND_PING, cwd="/")[:2] == (0, "0\n")
+
+
+@root_only
+@pytest.mark.parametrize(
+    "user, seen",
+    [
+        ("1000", "1000 0 / 0"),  # though the image's user *named* 1000 is root
+        ("ann", "1001 100 /home/ann 10 100"),
+        ("ann:7", "1001 7 /home/ann 7"),
+        ("ann:wheel", "1001 10 /home/ann 10"),
+        ("4242:4343", "4242 4343 / 4343"),
+        (":wheel", "0 10 /root 10"),
+        ("ann:", "1001 100 /home/ann 10 100"),
+        ("4294967294", "4294967294 0 / 0"),
+        ("root", "0 0 /root 0 10"),
+        ("", "0 0 /root 0 10"),
+    ],
+)
+def test_a_number_is_no_name_and_the_primary_group_is_among_the_others(account, overlay, user, seen):
+    layer, caller = image(account)
+    (layer / "etc/passwd").write_text(
+        "root:x:0:0::/root:/bin/sh\nann:x:1001:100::/home/ann:/bin/sh\n1000:x:0:0::/bad:/bin/sh\n"
+    )
+    (layer / "etc/group").write_text("root:x:0:\nusers:x:100:\nwheel:x:10:root,ann\n7:x:0:\n")
+    out = caller.out(f"--user={user}", *SH, "cat /proc/self/status; echo $(id -u) $(id -g) $HOME")
+    groups = sorted(re.search(r"^Groups:(.*)$", out, re.MULTILINE).group(1).split(), key=int)
+    assert " ".join([out.splitlines()[-1], *groups]) == seen
+
+
+@pytest.mark.parametrize("user", ["4294967295", "0:4294967295", "4294967296", "99999999999999999999"])
+def test_a_number_that_no_user_can_have_is_refused(busybox, user):
+    assert "--user" in refusal(busybox("-u", user, "true"))
+
+
+def test_the_default_is_the_user_0(staff):
+    words = (*SH, "id; grep -E '^(Groups|Cap)' /proc/self/status; echo $HOME")
+    assert staff.out(*words) == staff.out("-u", "0", *words)
+
+
+def test_users_are_found_in_files_of_megabytes(account, overlay):
+    layer, caller = image(account)
+    users = "".join(f"user{n}:x:1{n}:100:Some User &:/home/user:/bin/sh\n" for n in range(30000))
+    (layer / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n" + users)
+    crowd = ",".join(f"user{n}" for n in range(100000, 250000))
+    (layer / "etc/group").write_text(f"root:x:0:\nusers:x:100:\ncrowd:x:500:{crowd},user29999\n")
+    assert (layer / "etc/group").stat().st_size > MIB < (layer / "etc/passwd").stat().st_size
+    assert caller.out(*SH, "echo $HOME") == "/root\n"
+    if not account.uid:
+        assert caller.out("-u", "user29999", *SH, "echo $(id -u; id -G)") == "129999 100 500\n"
+
+
+@root_only
+def test_a_pidfile_in_a_directory_of_everybodys_is_not_anothers(busybox):
+    sticky = busybox.path("sticky", mode=0o1777)
+    file = sticky / "pid"
+    file.write_text("4194304\n")
+    os.chown(str(file), ORDINARY_UID, ORDINARY_UID)
+    words = busybox.words("run", *busybox.options, "--pidfile", file, "-i", *SH, "echo up; cat")
+    process = busybox.popen(words, stdin=subprocess.PIPE)
+    if select.select([process.stdout], [], [], PATIENCE)[0] and process.stdout.readline() == b"up\n":
+        owner = file.stat()
+        assert ended(process, b"") == Result(0, "", "")
+        assert (owner.st_uid, owner.st_mode & 0o022) == (0, 0)
+        assert not file.exists()
+    else:
+        assert str(file) in refusal(ended(process, b""))
+
+
+def test_a_pidfile_is_removed_where_it_was_made(busybox):
+    """The directory is exchanged meanwhile for a link to another."""
+    place, other = busybox.path("place"), busybox.path("other")
+    (other / "pid").write_text("4194304\n")
+    words = busybox.words("run", *busybox.options, "--pidfile", place / "pid", "-i", *SH, "echo up; cat")
+    process = busybox.popen(words, stdin=subprocess.PIPE)
+    assert process.stdout.readline() == b"up\n" and int(read(place / "pid"))
+    place.rename(busybox.dir / "moved")
+    place.symlink_to(other)
+    ended(process, b"")
+    assert read(other / "pid") == "4194304\n" and os.listdir(str(busybox.dir / "moved")) == []
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link to a fifo", "kmsg", "directory"])
+def test_a_pidfile_that_is_none_is_told_at_once(busybox, kind):
+    file, fifo = busybox.dir / "pid", busybox.dir / "fifo"
+    os.mkfifo(str(fifo))
+    if kind == "fifo":
+        file = fifo
+    elif kind == "directory":
+        file.mkdir()
+    else:
+        file.symlink_to("/proc/kmsg" if kind == "kmsg" else fifo)
+    assert str(file) in refusal(busybox("--pidfile", file, "true"))
 
 
 # ---- Limits --------------------------------------------------------------------------
@@ -1822,18 +2423,12 @@ def test_a_hierarchy_without_a_limit_is_left_alone(busybox, controller):
         assert cgroup_of(container.pid1, controller) == cgroup_of(os.getpid(), controller)
 
 
-def own_cgroup(container, controller):
-    """The cgroup of a container that has its limits: on v2 its processes are one level below."""
-    inside = cgroup_of(container.pid1, controller)
-    return inside if version(controller) == 1 else inside.parent
-
-
 @root_only
 def test_the_cgroup_is_named_after_the_container_and_locked_while_it_lives(busybox):
     words = ("--name", "box", "-m", "50m", *IDLE)
     with busybox.start(*words) as container:
         container.line()
-        own = own_cgroup(container, "memory")
+        own = own_cgroup(container.pid1, "memory")
         assert own.name == "mydocker-box" and is_locked(own)
         if version("memory") == 2:
             assert cgroup_of(container.pid1, "memory").name == "container"
@@ -2107,7 +2702,7 @@ def test_a_cgroup_parent_that_is_not_there_is_an_error(busybox):
 def test_the_next_runs_sweep_what_the_dead_left_and_nothing_of_the_living(busybox):
     with busybox.start("-m", "50m", *IDLE) as container:
         container.line()
-        own = own_cgroup(container, "memory")
+        own = own_cgroup(container.pid1, "memory")
         dead = own.parent / "mydocker-dead"
         foreign = own.parent / "foreign-mydocker-x"
         made = [dead, foreign]
@@ -2127,10 +2722,205 @@ def test_the_next_runs_sweep_what_the_dead_left_and_nothing_of_the_living(busybo
 def test_a_name_that_a_killed_run_left_can_be_used_again(busybox):
     with busybox.start("-m", "50m", *IDLE) as container:
         container.line()
-        left = own_cgroup(container, "memory").parent / "mydocker-left"
+        left = own_cgroup(container.pid1, "memory").parent / "mydocker-left"
         left.mkdir()
         assert busybox.out("--name", "left", "-m", "50m", "echo", "fine") == "fine\n"
         assert not left.exists()
+
+
+@root_only
+@pytest.mark.parametrize("options", [("-m", "50m"), ("--pids-limit", "9"), ()], ids=" ".join)
+def test_the_cgroup_is_the_containers_own_directly_below_ours(busybox, options):
+    with busybox.start("--name", "box", *options, *IDLE) as container:
+        container.line()
+        for controller in filter(version, ("memory", "pids")):
+            inside = cgroup_of(container.pid1, controller)
+            if version(controller) == 1:
+                assert inside == cgroup_of(os.getpid(), controller) / "mydocker-box"
+            else:
+                assert inside.parts[-2:] == ("mydocker-box", "container")
+
+
+@root_only
+def test_on_v2_the_limits_are_above_and_inside(busybox):
+    if version("memory") != 2:
+        pytest.skip("cgroup v2 with memory")
+    with busybox.start("-m", "50m", "--cpus", "0.5", "-c", "512", *IDLE) as container:
+        container.line()
+        inside = cgroup_of(container.pid1, "memory")
+        for file, value in ("memory.max", "52428800"), ("cpu.max", "50000 100000"), ("cpu.weight", "59"):
+            assert read(inside.parent / file) == read(inside / file) == f"{value}\n"
+        assert read(inside.parent / "cgroup.procs") == ""
+        assert {"memory", "cpu", "pids"} <= set(read(inside.parent / "cgroup.subtree_control").split())
+
+
+@root_only
+def test_all_controllers_that_a_program_may_look_for_are_there_on_v1(busybox):
+    """A JVM that finds one of them missing takes the machine's memory for its own."""
+    names = [name for name in ("memory", "cpu", "cpuacct", "cpuset", "pids") if version(name) == 1]
+    if len(names) < 5:
+        pytest.skip("cgroup v1")
+    script = "cat /proc/self/cgroup; ls /sys/fs/cgroup; echo end; tail -f /dev/null"
+    with busybox.start("--name", "box", "-m", "50m", *SH, script) as run:
+        lines = list(iter(run.line, "end"))
+        assert {cgroup_of(run.pid1, name).name for name in names} == {"mydocker-box"}
+    shown = {name: path for line in lines if ":" in line for _, name, path in [line.split(":", 2)]}
+    assert {shown[key] for key in shown if set(key.split(",")) & set(names)} == {"/"}
+    assert set(names) <= set(lines)
+
+
+@root_only
+def test_shares_are_a_weight_against_a_process_of_the_host(busybox):
+    need(version("cpu") and version("cpuset") and shutil.which("taskset"), "cpu, cpuset and taskset")
+    around = ["taskset", "-c", LAST_CPU, "sh", "-c", "while :; do :; done"]
+    host = subprocess.Popen(around, start_new_session=True)
+    try:
+        with busybox.start("-cpuset", LAST_CPU, "-cpushare", "512", *BUSY) as container:
+            container.line()
+            pids = container.pid1, host.pid
+            before = list(map(cpu_seconds, pids))
+            time.sleep(4)  # the stretch itself: nothing is awaited
+            mine, others = (cpu_seconds(pid) - start for pid, start in zip(pids, before))
+    finally:
+        host.kill()
+        host.wait()
+    if mine + others < 2:
+        pytest.skip(f"the machine had only {mine + others:.1f} s of 4 to give")
+    assert 0.28 <= mine / (mine + others) <= 0.45
+
+
+@root_only
+def test_a_container_holds_the_lock_of_its_cgroup_while_it_lives(busybox):
+    need(version("memory"), "the cgroup controller memory")
+    with busybox.start("--name", "box", "-m", "50m", *IDLE) as container:
+        container.line()
+        own = own_cgroup(container.pid1)
+        assert is_locked(own)
+        container.process.kill()
+        container.process.wait()
+        wait_until(lambda: not read(own / "cgroup.procs"), "the container to die")
+        assert own.exists() and not is_locked(own)
+        container.pidfile.unlink()
+    assert busybox.out("--name", "box", "-m", "50m", "echo", "again") == "again\n"
+    assert not own.exists()
+
+
+@root_only
+def test_what_nobody_holds_is_swept_and_nothing_else(busybox):
+    need(version("memory"), "the cgroup controller memory")
+    with busybox.start("-m", "50m", *IDLE) as container:
+        container.line()
+        own = own_cgroup(container.pid1)
+        left, held, foreign = (own.parent / name for name in ("mydocker-left", "mydocker-held", "other-left"))
+        for path in left, held, foreign:
+            path.mkdir()
+        try:
+            fd = os.open(str(held), os.O_RDONLY)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            assert "in use" in refusal(busybox("--name", "held", "-m", "50m", "true"))
+            assert busybox("-m", "50m", "true") == Result(0, "", "")
+            assert [path.exists() for path in (own, left, held, foreign)] == [True, False, True, True]
+            os.close(fd)
+        finally:
+            for path in left, held, foreign:
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()
+
+
+@root_only
+def test_a_run_of_another_pid_namespace_is_seen_to_live(busybox):
+    words = busybox.words("run", *busybox.options, "--name", "box", "-m", "50m", "-i", *SH, "echo up; cat")
+    process = busybox.popen([*ANOTHER_PID_NAMESPACE, *words], stdin=subprocess.PIPE)
+    assert process.stdout.readline() == b"up\n"
+    try:
+        assert "in use" in refusal(busybox("--name", "box", "-m", "50m", "true"))
+    finally:
+        assert ended(process, b"mine") == Result(0, "mine", "")
+
+
+@root_only
+def test_two_pid_namespaces_over_one_tree_lose_no_run(busybox):
+    words = busybox.words("run", *busybox.options, "-m", "50m", "true")
+    loop = ["sh", "-c", 'for n in $(seq 60); do "$@" || echo lost $n; done', "sh", *words]
+    runs = [busybox.popen([*around, *loop]) for around in ([], ANOTHER_PID_NAMESPACE)]
+    assert [ended(run) for run in runs] == [Result(0, "", "")] * 2
+
+
+@root_only
+def test_a_cgroup_namespace_whose_root_holds_processes_is_no_hindrance(busybox):
+    """As in a privileged container: nothing can be handed down from there, and nothing of it may change."""
+    if version("memory") != 2:
+        pytest.skip("cgroup v2 with memory")
+    point = cgroup_mounts()[""]
+    outer = Path(point, "test-outer")
+    outer.mkdir()
+    script = f"""umount -l {point} && mount -t cgroup2 none {point} && cd {point} || exit 1
+        show() {{ cat cgroup.subtree_control cgroup.type; }}
+        show >"$0"; "$@" echo plain && "$@" echo again; show | cmp - "$0" && echo same
+        "$@" -m 50m true; echo $?"""
+    words = busybox.words("run", *busybox.options)
+    around = ["sh", "-c", 'echo $$ >"$0"/cgroup.procs && exec unshare --cgroup --mount "$@"', outer]
+    try:
+        command = [*around, "sh", "-c", script, busybox.dir / "before", *words]
+        result = ended(busybox.popen(list(map(str, command))))
+    finally:
+        wait_until(lambda: not read(outer / "cgroup.procs"), "the end of it")
+        outer.rmdir()
+    assert result.out.split() == ["plain", "again", "same", "125"], result
+
+
+@root_only
+@pytest.mark.parametrize("options, works", [("-m 50m", True), ("", True), ("--cpus 0.5", False)])
+def test_a_cgroup_parent_of_one_hierarchy_is_enough_for_its_limits(busybox, options, works):
+    if version("memory") != 1 or version("cpu") != 1:
+        pytest.skip("cgroup v1")
+    parent = Path(cgroup_mounts()["memory"], "test-one")
+    parent.mkdir()
+    try:
+        result = busybox("--cgroup-parent", "/test-one", *options.split(), "echo", "fine")
+    finally:
+        parent.rmdir()
+    assert result == Result(0, "fine\n", "") if works else "/test-one" in refusal(result)
+
+
+@root_only
+def test_a_memory_controller_that_is_missing_is_named(busybox):
+    if version("memory") != 1:
+        pytest.skip("cgroup v1 with memory, which can be unmounted")
+    point = cgroup_mounts()["memory"]
+    around = ["unshare", "--mount", "sh", "-c", f'umount -l {point} && exec "$@"', "sh"]
+    said = refusal(busybox.under(around, "-m", "50m", "true"))
+    assert "memory" in said.replace("--memory", "") and "as root there may be more" not in said
+    assert busybox.under(around, "echo", "fine") == Result(0, "fine\n", "")
+
+
+@root_only
+@pytest.mark.parametrize("options", ["", "-m 50m", "-c 512"])
+def test_a_real_time_caller_has_its_container_or_is_told(busybox, options):
+    """v1 may give a new cgroup no real-time at all."""
+    around = ["chrt", "-f", "1"]
+    need(shutil.which("chrt") and subprocess.call([*around, "true"]) == 0, "chrt")
+    result = busybox.under(around, *options.split(), "echo", "fine")
+    if result.status and "-c" in options:
+        assert "real-time" in refusal(result)
+    else:
+        assert (result.status, result.out) == (0, "fine\n"), result
+
+
+@root_only
+def test_a_jvm_takes_its_heap_from_the_limit(mydocker):
+    need(shutil.which("java"), "java")
+    words = ("java", "-XX:+PrintFlagsFinal", "-version")
+    out = mydocker("-m", "200m", "--cpus", "0.5", *words, cwd="/").out
+    assert int(re.search(r"MaxHeapSize\s*=\s*(\d+)", out).group(1)) <= 100 * MIB  # half, of so little
+
+
+@root_only
+def test_mydocker_in_mydocker_sets_limits(mydocker):
+    file = expected("memory", "memory/memory.limit_in_bytes", "memory.max")
+    options = ("-m", "64m", "--rootfs", mydocker.rootfs)
+    inner = [PYTHON, PROGRAM, "run", *options, "cat", f"/sys/fs/cgroup/{file}"]
+    assert mydocker.out("--privileged", "-m", "300m", *inner, cwd="/") == f"{64 * MIB}\n"
 
 
 # ---- Terminal ------------------------------------------------------------------------
@@ -2433,6 +3223,119 @@ def test_the_terminal_belongs_to_the_user(staff):
     assert staff("-t", "-u", "ann", *SH, script).out == "hello\r\n1001\r\n"
 
 
+@pytest.mark.parametrize("options", [(), ("-i",)], ids=" ".join)
+def test_the_callers_terminal_never_goes_in(busybox, options):
+    script = "for n in 0 1 2; do test ! -t $n || echo tty; done; cd /dev; chmod 666 stdout stderr; echo done"
+    with busybox.terminal(*options, *SH, script) as window:
+        mode = os.fstat(window.slave).st_mode
+        assert window.end() == Result(0, "done\r\n", "")
+        assert os.fstat(window.slave).st_mode == mode and window.attributes == window.before
+
+
+@pytest.fixture
+def desk(busybox):
+    """An interactive bash of the caller's, with job control."""
+    need(shutil.which("bash"), "bash")
+    words, env = ["bash", "--norc", "--noediting", "-i"], {**os.environ, "PS1": "PROMPT> ", "HISTFILE": ""}
+    with Terminal(words, busybox.become, busybox.uid, cwd=busybox.dir, env=env) as window:
+        window.expect("PROMPT> ")
+        yield window
+        window.type("exit\r")
+        assert window.end().status == 0
+
+
+def lines_for_the_shell(desk):
+    for number in range(5):
+        desk.type(f"echo mine$(({number} + 10))\r")
+        desk.expect(f"mine{number + 10}\r\n")
+        desk.expect("PROMPT> ")
+
+
+READER = (*SH, "echo u''p; while read x; do echo GOT:$x; done")
+
+
+def test_a_container_in_the_background_takes_no_line_typed_for_the_shell(busybox, desk):
+    pidfile = busybox.dir / "pid"
+    options = (*busybox.options, "-i", "--stop-timeout", "0", "--pidfile", pidfile)
+    command = busybox.words("run", *options, *READER)
+    desk.type(shlex.join(command) + " &\r")
+    pid1 = wait_until(lambda: read(pidfile).strip(), "the pidfile")
+    wait_until(lambda: read(f"/proc/{pid1}/cmdline").startswith("sh\0"), "the command to start")
+    lines_for_the_shell(desk)
+    desk.type("fg\r")
+    desk.type("yours\r")
+    desk.expect("GOT:yours\r\n")
+    desk.type("\x04")
+    desk.expect("PROMPT> ")
+
+
+def test_ctrl_z_stops_the_reading_and_fg_goes_on(busybox, desk):
+    desk.type(shlex.join(busybox.words("run", *busybox.options, "-i", "--stop-timeout", "0", *READER)) + "\r")
+    desk.expect("up\r\n")
+    desk.type("yours\r")
+    desk.expect("GOT:yours\r\n")
+    desk.type("\x1a")
+    desk.expect("Stopped")
+    desk.expect("PROMPT> ")
+    lines_for_the_shell(desk)
+    desk.type("fg\r")
+    desk.type("again\r")
+    desk.expect("GOT:again\r\n")
+    desk.type("\x04")
+    desk.expect("PROMPT> ")
+
+
+def test_timeout_ends_a_container_with_a_terminal(busybox):
+    """It is started in the background then, where a terminal stops who changes it."""
+    words = shlex.join(busybox.words("run", *busybox.options, "-ti", "--stop-timeout", "1", *IDLE))
+    script = busybox.path("script", f"timeout 2 {words}; echo status=$?\n")
+    with Terminal(["bash", str(script)], busybox.become, busybox.uid, cwd=busybox.dir) as window:
+        window.expect("status=124")
+        assert window.end().status == 0 and window.attributes == window.before
+
+
+def test_own_lines_begin_at_the_left_while_the_terminal_is_raw(busybox):
+    with busybox.terminal("-ti", "--explain", "--stop-timeout", "0", *IDLE) as window:
+        before = window.expect("localhost")
+        window.process.send_signal(signal.SIGTERM)
+        out = before + window.end().out
+    lines = [line for line in out.split("\n")[:-1] if line]
+    assert "killed\r" in out and [line for line in lines if not line.endswith("\r")] == []
+
+
+def test_ctrl_c_ends_a_program_although_the_caller_ignores_it(busybox):
+    pidfile = busybox.dir / "pid"
+    words = shlex.join(busybox.words("run", *busybox.options, "-ti", "--pidfile", pidfile, "sh"))
+    command = ["sh", "-c", f"trap '' INT; exec {words}"]
+    with Terminal(command, busybox.become, busybox.uid, cwd=busybox.dir) as window:
+        window.expect("# ")
+        window.type("sleep 1000\r")
+        wait_until(lambda: children(int(read(pidfile))), "sleep to start")
+        window.type("\x03")
+        window.expect("# ")
+        window.type("exit 4\r")
+        assert window.end().status == 4
+
+
+def test_the_end_of_a_pipe_ends_a_shell_in_a_terminal(busybox):
+    result = busybox("-ti", "sh", data=b"echo $((40 + 2))\n")
+    assert result.status == 0 and "42\r\n" in result.out, result
+
+
+@pytest.mark.parametrize(
+    "words, data",
+    [(["bash", "--norc"], b"echo $((40 + 2))\n"), ([PYTHON, "-i"], b"print(40 + 2)\n"),
+     (["sh"], b"read x; echo $((x + 2))\n40\n")],
+    ids=["bash", "python3", "read"],
+)  # fmt: skip
+def test_a_line_editor_reads_what_comes_before_the_end(mydocker, words, data):
+    """It goes raw, and ^D then is no end but a key: it has to come when the program asks for it."""
+    need(shutil.which(words[0]), words[0])
+    for _ in range(5):
+        result = mydocker("-ti", *words, data=data, cwd="/")
+        assert result.status == 0 and "42\r\n" in result.out, result
+
+
 # ---- Pipes, argv and statuses --------------------------------------------------------
 
 
@@ -2601,6 +3504,16 @@ def test_a_failure_while_the_container_is_made_is_one_line_and_125(busybox, opti
 def test_a_rootfs_without_the_command_says_127_and_not_125(account, overlay):
     empty = account.path("empty")
     assert "sh" in refusal(account("--rootfs", empty, "sh"), 127)
+
+
+@root_only
+def test_a_pipe_belongs_to_the_user_and_a_file_to_its_owner(busybox):
+    script = "cat /dev/stdin; echo out >/dev/stdout; echo err >/dev/stderr"
+    assert busybox("-i", "-u", "1000", *SH, script, data=b"in\n") == Result(0, "in\nout\n", "err\n")
+    file = busybox.path("file", "", 0o600)
+    with file.open("w") as stdout:
+        assert busybox("-u", "1000", "echo", "x", stdout=stdout).status == 0
+    assert (file.read_text(), file.stat().st_uid) == ("x\n", 0)
 
 
 # ---- Signals and the end -------------------------------------------------------------
@@ -2799,6 +3712,54 @@ def test_a_stopped_container_can_be_ended(busybox):
         assert container.end().status == 137
 
 
+NOT_FORWARDED = "KILL STOP CHLD PIPE URG WINCH TSTP TTIN TTOU".split()
+FORWARDED = sorted(map(int, signal.valid_signals() - {getattr(signal, f"SIG{n}") for n in NOT_FORWARDED}))
+WAIT_FOR_SIGNALS = """import os, signal, sys
+numbers = list(map(int, sys.argv[1:]))
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+os.write(1, b"ready\\n")
+while True: os.write(1, b"%d\\n" % signal.sigwait(numbers))"""
+
+
+def test_every_signal_that_docker_forwards_arrives(mydocker):
+    """All but a second request to end, which kills."""
+    numbers = [number for number in FORWARDED if number not in (signal.SIGTERM, signal.SIGINT)]
+    assert {signal.SIGRTMIN, signal.SIGRTMAX} < set(numbers) and len(numbers) > 50
+    words = ("--stop-timeout", "100000", PYTHON, "-c", WAIT_FOR_SIGNALS, *numbers)
+    with mydocker.start(*words, cwd="/") as container:
+        assert container.line() == "ready"
+        for number in numbers:
+            container.send(number)
+            assert container.line() == str(number)
+        os.kill(container.pid1, signal.SIGKILL)
+        result = container.end()
+        assert result.status == 137 and not container.pidfile.exists(), result
+
+
+def rest_of_the_signals():
+    tried = "TERM HUP INT ALRM VTALRM PROF XCPU IO PWR".split()
+    harmless = "CONT USR1 USR2".split()
+    known = {getattr(signal, f"SIG{name}") for name in tried + harmless}
+    return [number for number in FORWARDED if number not in known and not 36 < number < 63]
+
+
+@pytest.mark.parametrize("number", rest_of_the_signals())
+def test_no_signal_ends_run_alone_or_leaves_the_terminal_raw(busybox, number):
+    pidfile = busybox.dir / "pid"
+    words = ("-ti", "--stop-timeout", "100000", "--pidfile", pidfile, *IDLE)
+    with busybox.terminal(*words) as window:
+        window.expect("localhost")
+        run = window.process
+        run.send_signal(number)
+        wait_until(lambda: run.poll() is not None or not signal_pending(run.pid, number), "the signal")
+        run.send_signal(signal.SIGTERM)  # be it the first request or the second
+        run.send_signal(signal.SIGCONT)
+        wait_until(lambda: run.poll() is not None or not signal_pending(run.pid, signal.SIGTERM), "SIGTERM")
+        run.send_signal(signal.SIGINT)
+        assert window.end().status == 137
+        assert window.attributes == window.before and not pidfile.exists()
+
+
 # ---- Explain -------------------------------------------------------------------------
 
 
@@ -2921,7 +3882,8 @@ def test_the_level_in_the_json_log_says_how_bad_it_is(busybox, words, level):
 
 def test_the_source_in_the_json_log_is_the_side_that_speaks(busybox):
     lines = busybox("--explain", "--log-format", "json", "true").err.splitlines()
-    found = {re.search(r"(run|init) *\] (\w+)\(", entry["msg"])[1]: entry["source"] for entry in map(json.loads, lines)}
+    entries = list(map(json.loads, lines))
+    found = {re.search(r"(run|init) *\] (\w+)\(", entry["msg"])[1]: entry["source"] for entry in entries}
     assert found == {"run": "mydocker.py:run", "init": "mydocker.py:init"}
     (entry,) = map(json.loads, busybox("--log-format", "json", "no-such-command").err.splitlines())
     assert entry["source"] == "mydocker.py:init"  # which tells its own failure
@@ -2946,6 +3908,34 @@ def test_explain_tells_what_strace_sees(busybox):
     told = [step.call for step in told if step.call in STRACED]
     seen = re.findall(r"^\d+ +(\w+)\(.*= 0$", read(log), re.MULTILINE)
     assert told == seen
+
+
+def test_no_name_turns_the_line_around(busybox):
+    """Bidirectional characters show another text than there is."""
+    for marks in "\u202e\u2066", "\u200f\u061c", "\u2028\u2029":
+        for how in (), ("--log-format", "json"):
+            said = busybox(*how, f"a{marks}b").err
+            assert said and not set(marks) & set(said)
+            assert f"\\u{ord(marks[0]):04x}" in said
+
+
+@pytest.mark.parametrize(
+    "words, side",
+    [
+        (["-m", "lots", "true"], "run"),
+        (["-v", "/nonexistent:/x", "true"], "run"),
+        (["--tmpfs", "/etc/passwd", "true"], "init"),
+        (["-w", "/etc/passwd/x", "true"], "init"),
+        (["/etc"], "init"),
+        (["no-such-command"], "init"),
+    ],
+    ids=" ".join,
+)
+def test_the_source_in_the_json_log_is_the_side_that_tells_it(busybox, words, side):
+    (line,) = busybox("--log-format", "json", *words).err.splitlines()
+    entry = json.loads(line)
+    assert entry["source"] == f"mydocker.py:{side}" and entry["level"] == "error"
+    assert set(entry) == {"level", "msg", "source", "time"}
 
 
 # ---- Init ----------------------------------------------------------------------------
@@ -2982,6 +3972,29 @@ def test_a_proc_of_another_pid_namespace_is_refused(busybox):
     """Its numbers would name strangers."""
     around = ["unshare", *(["--user", "--map-root-user"] if busybox.uid else []), "--pid", "--fork"]
     assert "another pid namespace" in refusal(busybox.under(around, "-t", "echo", "no"))
+
+
+@root_only
+@pytest.mark.parametrize("words", [["init"], ["init", "0"], ["init", "sh"]], ids=" ".join)
+def test_init_is_no_command_for_people(account, words):
+    """Not even where it would be safe."""
+    around = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"]
+    process = account.popen([*around, *account.words(*words)], stdin=subprocess.PIPE)
+    said = refusal(ended(process, b"echo\0ran\0"))
+    assert "init" in said and "run" in said
+
+
+@root_only
+def test_init_tells_its_own_failure(busybox):
+    """And run only passes the status on."""
+    need(shutil.which("strace"), "strace")
+    log = busybox.dir / "log"
+    trace = ["strace", "-f", "-qq", "-o", str(log), "-e", "trace=write", "-s", "200"]
+    result = busybox.under(trace, "no-such-command")
+    assert "command not found" in refusal(result, 127)
+    lines = [line for line in read(log).splitlines() if "write(" in line and "command not found" in line]
+    first = read(log).split(None, 1)[0]
+    assert len(lines) == 1 and lines[0].split()[0] != first
 
 
 # ---- Isolation -----------------------------------------------------------------------
@@ -3855,7 +4868,7 @@ def test_what_mydocker_relies_on_cannot_be_mounted_over(busybox, kind, target, t
 @pytest.mark.parametrize("target", ["/dev/null", "/dev/pts/0", "/dev/pts"])
 @pytest.mark.parametrize("options", [[], ["-t"]], ids=["", "terminal"])
 def test_no_file_of_the_host_takes_the_place_of_what_mydocker_opens_itself(busybox, target, options):
-    """They are open when a volume covers them: the command reads nothing of the file, nor gets it as terminal."""
+    """They are open when a volume covers them: the command does not get the file as stdin or terminal."""
     if target == "/dev/pts/0" and not options:
         pytest.skip("there is none without -t")
     source = busybox.path("source", None if target == "/dev/pts" else "of the host\n")
@@ -3891,6 +4904,109 @@ def test_the_writable_layer_is_bounded_by_default(busybox):
     total = int(re.search(r"MemTotal: *(\d+)", read("/proc/meminfo")).group(1))
     size = int(busybox.out("df", "-k", "/").splitlines()[-1].split()[1])
     assert size <= total / 2 + 4
+
+
+@pytest.mark.parametrize(
+    "option, field, value",
+    [
+        ("no-new-privileges=false", "NoNewPrivs", "0"),
+        ("seccomp=unconfined", "Seccomp", "0"),
+        ("seccomp=unconfined", "NoNewPrivs", "1"),
+        ("label=disable", "Seccomp", "2"),
+        ("label=type:container_t", "NoNewPrivs", "1"),
+        ("apparmor=unconfined", "Seccomp", "2"),
+    ],
+)
+def test_security_opt_turns_off_what_it_names(busybox, option, field, value):
+    out = busybox.out("--security-opt", option, "cat", "/proc/self/status")
+    assert status_field(out, field) == value
+
+
+@root_only
+def test_a_setuid_program_works_when_that_was_asked_for(mydocker):
+    mydocker.dir.chmod(0o755)
+    program = mydocker.dir / "suid-id"
+    shutil.copy(shutil.which("id"), str(program))
+    program.chmod(0o4755)
+    words = ("-u", "1000:1000", program, "-u")
+    assert mydocker.out(*words) == "1000\n"
+    assert mydocker.out("--security-opt", "no-new-privileges=false", *words) == "0\n"
+
+
+def test_the_thermal_throttle_of_each_cpu_is_masked(busybox):
+    paths = [str(path) for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle")]
+    if not paths:
+        pytest.skip("no machine with thermal_throttle")
+    assert busybox.out(*SH, f"ls -A {' '.join(paths)} | grep -v :; :").split() == []
+
+
+INTRUDER = "print('code from beside the script')\nraise SystemExit(77)\n"
+MODULES = "ctypes fcntl json select signal struct termios errno stat time pty tty socket random array".split()
+
+
+@pytest.mark.parametrize("how", ["script", "link", "module"])
+def test_nothing_beside_the_script_or_in_the_current_directory_is_part_of_it(busybox, how):
+    place, here = busybox.path("place"), busybox.path("here")
+    shutil.copy(str(SOURCE), str(place / "mydocker.py"))
+    (here / "link").symlink_to(place / "mydocker.py")
+    script = {"script": [place / "mydocker.py"], "link": ["./link"], "module": ["-m", "mydocker"]}[how]
+    for name in MODULES[:3] if how == "module" else MODULES:  # runpy, which is not ours, imports some
+        for directory in [here] if how == "module" else [here, place]:
+            (directory / f"{name}.py").write_text(INTRUDER)
+    environment = {**os.environ, "PYTHONPATH": str(place) if how == "module" else ""}
+    for options in ("-t",), ("-t", "--log-format", "json", "--explain"):
+        words = [busybox.python, *map(str, script), "run", *options, *busybox.options, "echo", "fine"]
+        assert ended(busybox.popen(words, cwd=here, env=environment))[:2] == (0, "fine\r\n")
+
+
+@root_only
+def test_a_script_cannot_have_the_kernels_messages_read(busybox):
+    """They would be taken from who is to have them, and an empty ring is waited for."""
+    need(shutil.which("strace"), "strace")
+    busybox.path("layer")
+    busybox.path("layer/script", "#!/proc/kmsg\n", 0o755)
+    log = busybox.dir / "log"
+    trace = ["strace", "-f", "-qq", "-o", str(log), "-e", "trace=open,openat,openat2"]
+    result = busybox.under(trace, "--rootfs", busybox.dir / "layer", "/script")
+    refusal(result, 126)
+    lines = [line for line in read(log).splitlines() if "kmsg" in line and "O_PATH" not in line]
+    assert lines == []
+
+
+def tiny_program(text):
+    """An ELF file for x86_64 that writes a text and ends: program and interpreter of others."""
+    need(os.uname().machine == "x86_64", "x86_64")
+    code = b"\xb8\1\0\0\0\xbf\1\0\0\0\x48\x8d\x35\x10\0\0\0\xba" + struct.pack("<I", len(text))
+    code += b"\x0f\x05\xb8\x3c\0\0\0\x31\xff\x0f\x05" + text  # write(1, text, len(text)); exit(0)
+    size = 64 + 56 + len(code)
+    head = b"\x7fELF\2\1\1" + bytes(9)
+    head += struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 120, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    return head + struct.pack("<IIQQQQQQ", 1, 5, 0, 0, 0, size, size, 4096) + code
+
+
+@root_only
+@pytest.mark.parametrize("kind", ["script", "link"])
+def test_the_hosts_python_is_held_before_its_first_instruction(busybox, kind):
+    """Its command is exchanged all the while for /proc/self/exe, and the image has the dynamic linker."""
+    held = b"the host's Python runs in here\n"
+    elf = tiny_program(held)
+    layer, shared = busybox.path("layer"), busybox.path("shared")
+    linker = re.search(r"(/lib\S+/ld-linux\S+)", subprocess.check_output(["ldd", PYTHON]).decode()).group(1)
+    (layer / linker[1:]).parent.mkdir(parents=True)
+    for path in layer / linker[1:], layer / "tiny":
+        path.write_bytes(elf)
+        path.chmod(0o755)
+    words = ("--rootfs", layer, "-v", f"{shared}:/v")
+    assert busybox.out(*words, "/tiny").encode() == held  # it does run
+    busybox.path("shared/one", "#!/bin/busybox echo\n", 0o755)
+    if kind == "script":
+        busybox.path("shared/two", "#!/proc/self/exe\n", 0o755)
+    else:
+        (shared / "two").symlink_to("/proc/self/exe")
+    with exchanging(shared / "one", shared / "two"):
+        results = [busybox(*words, "/v/one") for _ in range(40)]
+    assert {result.status for result in results} <= {0, 126, 137}, results
+    assert [result for result in results if held.decode() in result.out] == []
 
 
 # ---- Ordinary user -------------------------------------------------------------------
@@ -4034,7 +5150,7 @@ def test_a_delegated_service_holds_its_container_in_its_own_cgroup(service):
     words = ("-m", "50m", *SH, "echo ready; sleep 1000")
     with service(*words, properties=["Delegate=yes"]) as container:
         container.line()
-        assert own_cgroup(container, "memory").parent == container.cgroup
+        assert own_cgroup(container.pid1, "memory").parent == container.cgroup
         run = int(status_field(read(f"/proc/{container.pid1}/status"), "PPid"))
         assert cgroup_of(run, "memory").parent == container.cgroup
         assert cgroup_of(run, "memory").name.startswith("mydocker-run-")
@@ -4527,7 +5643,7 @@ def corpses(caller, number):
         runs = [stack.enter_context(caller.start("-m", "50m", *IDLE)) for _ in range(number)]
         for run in runs:
             run.line()
-        found = [own_cgroup(run, "memory") for run in runs]
+        found = [own_cgroup(run.pid1, "memory") for run in runs]
         namespaces = [os.readlink(f"/proc/{run.pid1}/ns/pid") for run in runs]
         for run in runs:
             run.process.kill()
