@@ -836,7 +836,7 @@ def help_rows(cli):
     rows = []
     for block in blocks[1:]:
         names, _, text = re.sub(r"\n +", "  ", block).partition("  ")
-        names = names.split(", ")
+        names, text = names.split(", "), " ".join(text.split())
         rows.append(([name.split(" ")[0] for name in names], names[-1].partition(" ")[2], text))
     return rows
 
@@ -858,7 +858,7 @@ def test_the_readme_and_the_help_have_the_defaults(cli):
         assert said[name] == told[name][1]
 
 
-LIMIT_FILES = {  # option: controller, file of v1, file of v2
+FILES_OF_LIMITS = {  # option: controller, file of v1, file of v2
     "--memory": ("memory", "memory.limit_in_bytes", "memory.max"),
     "--memory-swap": ("memory", "memory.memsw.limit_in_bytes", "memory.swap.max"),
     "--memory-swappiness": ("memory", "memory.swappiness", "memory.swap.max"),
@@ -873,7 +873,7 @@ LIMIT_FILES = {  # option: controller, file of v1, file of v2
 def test_the_readme_has_every_limit_with_its_files():
     rows = readme_table("option", "controller", "cgroup v1 file", "cgroup v2 file")
     said = {row[0].split("`")[-2]: tuple(cell.strip("`") for cell in row[1:]) for row in rows}
-    assert said == LIMIT_FILES
+    assert said == FILES_OF_LIMITS
 
 
 def test_the_readme_names_functions_that_are_there(program):
