@@ -1384,7 +1384,7 @@ class Rootfs:
                 continue
             why = f"cover the host's {point}"  # another proc, a bind of something in /run
             place = attempt(open_inside, point, why, "", self.top, "RESOLVE_NO_SYMLINKS")
-            if place and stat.S_ISDIR(os.fstat(place).st_mode):
+            if place and is_directory(place):
                 mount("tmpfs", at(place), "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", why)
             elif place:
                 attach(clone_tree("/dev/null", why), place, why)
@@ -1444,6 +1444,7 @@ class Rootfs:
             places.append(open_path(path, "for the overlay", "O_DIRECTORY|O_NOFOLLOW|"))
         if not suffix:
             self.write_names(at(places[0]), lowers)
+            self.make_places(at(places[0]), lowers)
         upper, work = map(at, places)
         data = f"xino=on,lowerdir={':'.join(map(at, lowers))},upperdir={upper},workdir={work}"
         if self.options.rootless:
@@ -1484,6 +1485,28 @@ class Rootfs:
                 create_file(f"{etc}/{name}", text)
         except OSError:
             pass
+
+    def make_places(self, upper: str, lowers: "list[int]") -> None:
+        """Without root, make in the layer what mounts are to go on, and the workdir, before it is one.
+
+        Afterwards nothing could be made in a directory of the rootfs whose owner does not exist here.
+        """
+        layers = [upper, *map(at, lowers)]
+        wanted = [row[1:3] for row in self.mounts] + [(self.options.workdir or "/", "")]
+        for target, source in wanted if self.options.rootless else ():
+            path, names = "", target.strip("/").split("/")
+            while names and not any(os.path.lexists(layer + target) for layer in layers):
+                path = f"{path}/{names.pop(0)}"
+                below = next(filter(None, (attempt(os.lstat, layer + path) for layer in layers)), None)
+                if below and not stat.S_ISDIR(below.st_mode):
+                    break  # a link: open_inside() will follow it, and make what it can
+                if not below and not names and isinstance(source, int) and not is_directory(source):
+                    create_file(upper + path, "")
+                elif not os.path.lexists(upper + path):
+                    is_tmpfs = isinstance(source, str) and source and not names  # it takes this mode
+                    call("mkdir", upper + path, 0o1777 if is_tmpfs else 0o755, why=f"for {target}")
+                    if below:
+                        self.copy_owner(below, upper + path)
 
     def mount_dev(self, devices: "list[int]") -> None:
         """Mount /dev: harmless devices, and a devpts of its own. See pts(4)."""
@@ -1544,7 +1567,7 @@ class Rootfs:
         """Mount what --tmpfs and --volume ask for, parents first. The command's terminal is open by now."""
         for why, target, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
             is_clone = isinstance(source, int)
-            is_file = is_clone and not stat.S_ISDIR(os.fstat(source).st_mode)
+            is_file = is_clone and not is_directory(source)
             found = attempt(open_inside, target, why)
             place = found or open_inside(target, why, "file" if is_file else "dir")
             status = os.fstat(place)
@@ -1567,21 +1590,27 @@ class Rootfs:
             set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only", "0")
 
 
+def is_directory(fd: int) -> bool:
+    """Tell whether a descriptor is one of a directory."""
+    return stat.S_ISDIR(os.fstat(fd).st_mode)
+
+
 def refuse_chroot() -> None:
     """Refuse to start in a chroot: pivot_root would change its root, and leave the true one above.
 
     ".." ends at a process's root, unless it stands outside of that: so go below, and climb. See chroot(2).
     """
-    root, here = open_path("/", "is there something above"), open_path(".", "to come back")
+    root, here = open_path("/", "is there something above"), attempt(open_path, ".", "to come back")
     call("chroot", "/proc", why="from below the root ...")
     call("fchdir", root, why="... to the root, and ...")
     call("chdir", "..", why="... up from there: nobody can, where it is the true root")
     is_top = os.path.samestat(os.stat("."), os.fstat(root))
     call("fchdir", root, why="put everything back")
     call("chroot", ".", why="the root as it was")
-    call("fchdir", here, why="where we were")
+    if here:  # else it has been deleted
+        call("fchdir", here, why="where we were")
+        os.close(here)
     os.close(root)
-    os.close(here)
     if not is_top:
         raise Failure("this is a chroot, whose inside could be left for the true root above: refused",
                       "unshare --mount, bind the chroot on itself, and pivot_root into it")  # fmt: skip
@@ -2009,7 +2038,7 @@ def enter_workdir(options: Options) -> None:
     private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())  # other files under the same names
     hidden = is_below(options.cwd, private)
     fd = None if hidden else attempt(open_inside, options.cwd, "the caller's directory")
-    if not fd or not stat.S_ISDIR(os.fstat(fd).st_mode):
+    if not fd or not is_directory(fd):
         where = options.cwd or "which is deleted,"
         log.warning(f"the current directory {where} is not visible inside: starting in /")
     else:
