@@ -859,8 +859,8 @@ def prepare(options: Options) -> None:
     for path in options.rootfs:
         if not stat.S_ISDIR(os.stat(path).st_mode):
             raise Failure(f"--rootfs {path}: it is not a directory")
-        layer = os.path.realpath(f"{options.upperdir}/layer")
-        if options.upperdir and is_below(layer, (os.path.realpath(path),)):
+        upperdir = options.upperdir and os.path.realpath(f"{options.upperdir}/layer")
+        if upperdir and is_below(upperdir, (os.path.realpath(path),)):
             raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
     targets: "list[str]" = []
     for target, *_ in options.volume + options.device + options.tmpfs:
