@@ -848,7 +848,7 @@ def prepare(options: Options) -> None:
     if memory is None and swap is not None:
         raise Failure("--memory-swap: it is memory plus swap, so it needs --memory")
     if memory is not None:
-        options.memory_swap = swap = swap or min(2 * memory, (1 << 63) - (1 << 16))
+        options.memory_swap = swap = swap or max(memory, min(2 * memory, (1 << 63) - (1 << 16)))
         if memory < os.sysconf("SC_PAGE_SIZE") or -1 < swap < memory:
             raise Failure("--memory: it is a page at least, and --memory-swap, both together, no less")
     for kind, wanted in (("cpu", options.cpuset_cpus), ("node", options.cpuset_mems)):

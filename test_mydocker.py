@@ -1452,6 +1452,7 @@ def test_a_callers_directory_that_is_not_visible_gives_the_root_and_a_line(mydoc
 
 
 @root_only
+@slow
 def test_no_mount_of_the_hosts_comes_to_lie_on_proc(mydocker):
     """Its owner exchanges a directory above it for a link while the path is walked."""
     place, link = mydocker.path("place"), mydocker.dir / "link"
@@ -1475,6 +1476,7 @@ def test_no_mount_of_the_hosts_comes_to_lie_on_proc_by_a_link_in_the_upperdir(my
 
 
 @root_only
+@slow
 def test_what_was_locked_as_upperdir_is_what_is_used(busybox):
     """A user who owns the directory exchanges the layer for one of his own."""
     upper = busybox.path("up")
@@ -1972,6 +1974,7 @@ def test_nsenter_enters_by_the_pidfile(busybox):
 
 
 @root_only
+@slow
 def test_no_flag_of_a_volume_is_lost_to_a_rename(busybox):
     """One source at two places, and who shares a volume leads the second mount to the first."""
     data = busybox.path("data")
@@ -2473,7 +2476,7 @@ def test_the_containers_cgroup_is_the_root_of_its_own_view(busybox):
 
 @root_only
 def test_the_interpreters_own_memory_is_not_charged(busybox):
-    assert busybox.out("-m", "768k", *SH, "echo fine") == "fine\n"
+    assert busybox.out("-m", "1m", *SH, "echo fine") == "fine\n"
 
 
 HOG = "dd if=/dev/zero of=/dev/null bs={} count=1 2>/dev/null"
@@ -2654,8 +2657,8 @@ def test_a_limit_that_the_kernel_refuses_ends_the_run(busybox):
 def test_a_limit_that_the_kernel_makes_another_of_ends_the_run(busybox):
     if version("memory") != 2:
         pytest.skip("cgroup v2 with memory, where so much is as good as no limit")
-    said = refusal(busybox("-m", str((1 << 63) - 1), "true"))
-    assert re.search("the kernel .*max.* 9223372036854775807 ", said)
+    said = refusal(busybox("-m", str((1 << 63) - 4096), "true"))
+    assert re.search("the kernel .*max.* 9223372036854771712 ", said)
 
 
 @root_only
@@ -2839,9 +2842,10 @@ def test_a_run_of_another_pid_namespace_is_seen_to_live(busybox):
 
 
 @root_only
+@slow
 def test_two_pid_namespaces_over_one_tree_lose_no_run(busybox):
     words = busybox.words("run", *busybox.options, "-m", "50m", "true")
-    loop = ["sh", "-c", 'for n in $(seq 60); do "$@" || echo lost $n; done', "sh", *words]
+    loop = ["sh", "-c", 'for n in $(seq 40); do "$@" || echo lost $n; done', "sh", *words]
     runs = [busybox.popen([*around, *loop]) for around in ([], ANOTHER_PID_NAMESPACE)]
     assert [ended(run) for run in runs] == [Result(0, "", "")] * 2
 
@@ -3744,6 +3748,7 @@ def rest_of_the_signals():
 
 
 @pytest.mark.parametrize("number", rest_of_the_signals())
+@slow
 def test_no_signal_ends_run_alone_or_leaves_the_terminal_raw(busybox, number):
     pidfile = busybox.dir / "pid"
     words = ("-ti", "--stop-timeout", "100000", "--pidfile", pidfile, *IDLE)
@@ -4986,6 +4991,7 @@ def tiny_program(text):
 
 @root_only
 @pytest.mark.parametrize("kind", ["script", "link"])
+@slow
 def test_the_hosts_python_is_held_before_its_first_instruction(busybox, kind):
     """Its command is exchanged all the while for /proc/self/exe, and the image has the dynamic linker."""
     held = b"the host's Python runs in here\n"
