@@ -3,6 +3,7 @@
     sudo python3 -m pytest test_mydocker.py     everything
     python3 -m pytest -m 'not root'             what needs no root
     python3 -m pytest -m 'not slow'             the quick run
+    python3 -m pytest -m faults                 an error, a signal at every call: some minutes
     MYDOCKER_MUST_WORK=1                        what the machine lacks fails, not skips
     MYDOCKER=FILE, MYDOCKER_PYTHON=FILE         the program under test, and what it is started with
 
@@ -58,7 +59,7 @@ KERNEL = tuple(int(number) for number in os.uname().release.split("-")[0].split(
 
 with warnings.catch_warnings():  # this file is all there is: no ini file registers them
     warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
-    root, slow = pytest.mark.root, pytest.mark.slow
+    root, slow, faults = pytest.mark.root, pytest.mark.slow, pytest.mark.faults
 AS_ROOT = pytest.param("root", marks=root)
 root_only = pytest.mark.parametrize("account", [AS_ROOT], indirect=True)
 user_only = pytest.mark.parametrize("account", ["user"], indirect=True)
@@ -5518,6 +5519,7 @@ def verdict(faulty, whole, side, cwd):
 
 
 @slow
+@faults
 @pytest.mark.parametrize("side", ["run", "init"])
 def test_every_call_that_fails_is_told_and_leaves_nothing(situation, side):
     traced = situation(side, *SH, SELF_PORTRAIT)
@@ -5558,6 +5560,7 @@ def killed_at_every_call(traced, name):
 
 
 @slow
+@faults
 @pytest.mark.parametrize("situation", ["limits", "terminal"], indirect=True)
 @pytest.mark.parametrize("side, status", [("run", -signal.SIGKILL), ("init", 137)])
 def test_sigkill_at_any_call_leaves_at_most_an_empty_cgroup(situation, side, status):
@@ -5573,6 +5576,7 @@ def test_sigkill_at_any_call_leaves_at_most_an_empty_cgroup(situation, side, sta
 
 
 @slow
+@faults
 @pytest.mark.parametrize("situation", ["limits", "terminal"], indirect=True)
 def test_sigterm_at_any_call_of_run_ends_it_in_good_order(situation):
     wrong, results = killed_at_every_call(situation("run", "true"), "TERM")
@@ -5587,6 +5591,7 @@ def test_sigterm_at_any_call_of_run_ends_it_in_good_order(situation):
 
 
 @slow
+@faults
 @pytest.mark.parametrize("situation", ["limits", "terminal"], indirect=True)
 def test_sigterm_to_init_before_it_is_the_command_ends_nothing_half_done(situation):
     """The kernel keeps from a PID 1 what it has no handler for."""
