@@ -83,9 +83,9 @@ def run(options: "Options", argv: "list[str]") -> int:
         # nothing is buffered here that the child would write again: all our output is by os.write
         pid = call("fork", why="the child goes on with the code that is here: no second interpreter")
         if pid == 0:
-            os.close(command_write)  # or the read of the command would never see EOF
-            os.close(ready_read)  # or init would take itself for the reader, when run() is gone
-            be_child(init, options, cgroups, command_read, ready_write, stdio, caller_mask)
+            # without its copies of run()'s ends: else the command has no EOF, and init is its own reader
+            be_child((command_write, ready_read), init,
+                     options, cgroups, command_read, ready_write, stdio, caller_mask)  # fmt: skip
         container = Container(options, argv, pid, signal_fd, command_write, ready_read, pumps)
         undo.append(container.end)
         for fd in (command_read, ready_write, *stdio.values()):  # or we never see EOF
@@ -390,10 +390,12 @@ def attempt(step, *args: object, **keywords: object):  # type: ignore[no-untyped
         return None
 
 
-def be_child(step, *args: object) -> None:  # type: ignore[no-untyped-def]
-    """Be the child of a fork: take a step that ends by execve, or tell why not, and exit."""
+def be_child(unwanted: "tuple[int, ...]", step, *args: object) -> None:  # type: ignore[no-untyped-def]
+    """Be the child of a fork: close what is the parent's, take a step that ends by execve, or tell why."""
     status = EXIT_MYDOCKER
     try:
+        for fd in unwanted:
+            os.close(fd)
         step(*args)
     except SystemExit:
         pass
@@ -592,8 +594,9 @@ class Options:
         self.asked: "set[str]" = set()  # the options that came with a value, as opposed to defaults
         self.id = os.urandom(6).hex()
         # root of a user namespace is the user who made it; only the first one's map is the whole range
-        whole = "4294967295" in (attempt(read_file, "/proc/self/uid_map", "is root here the machine's") or "")
-        self.rootless = os.geteuid() != 0 or not whole
+        self.rootless = os.geteuid() != 0
+        if not self.rootless and exists("/proc/self/uid_map"):  # a kernel without user namespaces has none
+            self.rootless = "4294967295" not in read_file("/proc/self/uid_map", "is root here the machine's")
         self.cwd = attempt(os.getcwd) or ""  # the caller's directory; "" when it has been deleted
         self.layer_lock = -1  # the --upperdir, locked
         self.process_limit = b""  # struct rlimit, where there is no cgroup for --pids-limit
@@ -1600,14 +1603,18 @@ def refuse_chroot() -> None:
 
     ".." ends at a process's root, unless it stands outside of that: so go below, and climb. See chroot(2).
     """
-    root, here = open_path("/", "is there something above"), attempt(open_path, ".", "to come back")
+    root, here = open_path("/", "is there something above"), -1
+    try:
+        here = open_path(".", "to come back")
+    except FileNotFoundError:
+        pass  # it has been deleted
     call("chroot", "/proc", why="from below the root ...")
     call("fchdir", root, why="... to the root, and ...")
     call("chdir", "..", why="... up from there: nobody can, where it is the true root")
     is_top = os.path.samestat(os.stat("."), os.fstat(root))
     call("fchdir", root, why="put everything back")
     call("chroot", ".", why="the root as it was")
-    if here:  # else it has been deleted
+    if here >= 0:
         call("fchdir", here, why="where we were")
         os.close(here)
     os.close(root)
@@ -2463,8 +2470,10 @@ class Container:
                 request, number = "PTRACE_DETACH", 0
             elif event:  # _STOP: it stays stopped until SIGCONT
                 request, number = "PTRACE_LISTEN", 0
-            # it may have been killed meanwhile
-            attempt(call, "ptrace", request, self.pid, 0, number, why="let it go on")
+            try:
+                call("ptrace", request, self.pid, 0, number, why="let it go on")
+            except ProcessLookupError:
+                pass  # it was killed meanwhile
 
     def kill(self, message: str) -> None:
         """Kill the container, and say which step ended it: last, as stderr may be a stopped terminal."""
