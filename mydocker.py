@@ -1167,8 +1167,9 @@ def claim(directory: str) -> bool:
             call("mkdir", directory, 0o755, why="the container's own cgroup")
         except FileExistsError:
             made = False
-        fd = attempt(call, "open", directory, "O_RDONLY|O_DIRECTORY|O_CLOEXEC", why="to lock it")
-        if fd is None:
+        try:
+            fd = call("open", directory, "O_RDONLY|O_DIRECTORY|O_CLOEXEC", why="to lock it")
+        except FileNotFoundError:
             continue  # another run has swept it at this moment
         try:  # ours may be in the hands of a sweep just now, which we wait for
             call("flock", fd, "LOCK_EX" if made else "LOCK_EX|LOCK_NB", why="alive is who holds the lock")
@@ -1182,6 +1183,8 @@ def claim(directory: str) -> bool:
         except OSError as error:
             if error.errno == errno.EBUSY:  # its run() was killed, its processes live on
                 return False
+            if made:
+                attempt(call, "rmdir", directory, why="it cannot be locked")
             raise
         os.close(fd)
 
@@ -1386,10 +1389,15 @@ class Rootfs:
             if is_below(point, (*PRIVATE_PATHS, "/tmp")) or fstype not in PSEUDO_FILESYSTEMS and not is_run:
                 continue
             why = f"cover the host's {point}"  # another proc, a bind of something in /run
-            place = attempt(open_inside, point, why, "", self.top, "RESOLVE_NO_SYMLINKS")
-            if place and is_directory(place):
+            try:
+                place = open_inside(point, why, "", self.top, "RESOLVE_NO_SYMLINKS")
+            except OSError as error:
+                if error.errno in (*COVERED, errno.EACCES):  # nobody inside gets there, either
+                    continue
+                raise
+            if is_directory(place):
                 mount("tmpfs", at(place), "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", why)
-            elif place:
+            else:
                 attach(clone_tree("/dev/null", why), place, why)
 
     def mount_overlays(self) -> None:
@@ -1532,9 +1540,9 @@ class Rootfs:
     def place_cgroups(self) -> None:
         """Open where the cgroups go: init mounts them when it has joined; volumes may be on /sys by then."""
         top = "/sys/fs/cgroup"
-        place = attempt(open_path, top, "where the cgroups go")
-        if place is None:
+        if not exists(top):
             return
+        place = open_path(top, "where the cgroups go")
         if [cgroup.version for cgroup in self.cgroups] == [2]:
             self.cgroup_places = [(self.cgroups[0], place)]
             return
@@ -1574,7 +1582,7 @@ class Rootfs:
             found = attempt(open_inside, target, why)
             place = found or open_inside(target, why, "file" if is_file else "dir")
             status = os.fstat(place)
-            # on top of "/" umount2 would find it; what we read in /proc must come from the kernel
+            # what we read in /proc must come from the kernel; init mounts the cgroups later
             ours = [os.stat("/"), *[os.fstat(fd) for _, fd in self.cgroup_places]]
             if status.st_dev == os.stat("/proc").st_dev or any(os.path.samestat(status, one) for one in ours):
                 raise Failure(f"{why}: it is the root, /sys/fs/cgroup or in /proc, in the container: refused")
@@ -1746,6 +1754,7 @@ def mount_id(path: str) -> str:
 def is_below(path: str, places: "tuple[str, ...]") -> bool:
     """Tell whether `path` is one of `places` or somewhere below one."""
     return any((path + "/").startswith(place + "/") for place in places)
+
 
 # ---- Isolation, what it may ask for: seccomp_filter, drop_privileges -----------------------------
 
@@ -1999,7 +2008,7 @@ def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> N
         try:
             call("write", fd, data, why=f'join the cgroup, "0" is the one who writes ({cgroup.directory})')
         except OSError as error:  # v1's cpu lets no real-time caller in; that matters to who asked for it
-            if cgroup.is_asked or error.errno != errno.EINVAL:
+            if cgroup.is_asked or cgroup.version == 2 or error.errno != errno.EINVAL:
                 raise
     if not any(number for number, *_ in steps):
         call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
@@ -2148,6 +2157,7 @@ def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[
             if error.errno != errno.EACCES:  # a later directory of PATH may have another
                 break
     raise failure
+
 
 # ---- Outside, the rest of run: Pump, Terminal, Container -----------------------------------------
 

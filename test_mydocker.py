@@ -1714,17 +1714,19 @@ def test_a_volume_shows_the_hosts_tmp_in_the_hosts_view(mydocker):
 
 
 @root_only
-def test_a_host_without_tmp_will_do(busybox):
+@pytest.mark.parametrize("tmp, source", [("true", "/var"), ("ln -s /var/tmp tmp", "/tmp")])
+def test_a_host_may_have_no_tmp_or_a_link(busybox, tmp, source):
     script = """mount -t tmpfs none "$0" && cd "$0" && mkdir upper work root &&
         mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work none root && cd root &&
-        rm -rf tmp && mount -t proc none proc && mount --rbind /sys sys && mount --rbind /dev dev &&
+        rm -rf tmp && """ + tmp + """ && mount -t proc none proc &&
+        mount --rbind /sys sys && mount --rbind /dev dev &&
         mkdir old && pivot_root . old && cd / && umount -l /old && exec "$@" """
     if len({os.stat(str(path)).st_dev for path in ("/", PROGRAM, busybox.rootfs, busybox.python)}) > 1:
         pytest.skip("all on one filesystem")
     if str(PROGRAM).startswith("/tmp/"):
         pytest.skip("the program itself is in /tmp")
     around = ["unshare", "--mount", "sh", "-c", script, busybox.path("host")]
-    assert busybox.under(around, "-v", "/var:/volume", "echo", "fine") == Result(0, "fine\n", "")
+    assert busybox.under(around, "-v", f"{source}:/volume", "echo", "fine") == Result(0, "fine\n", "")
 
 
 def test_a_tmpfs_is_empty_writable_and_careful(busybox):
@@ -2463,7 +2465,8 @@ def test_the_containers_cgroup_is_the_root_of_its_own_view(busybox):
 
 @root_only
 def test_the_interpreters_own_memory_is_not_charged(busybox):
-    assert busybox.out("-m", "1m", *SH, "echo fine") == "fine\n"
+    limit = "768k" if version("memory") == 1 else "1m"  # v2 charges the upper cgroup for the lower one itself
+    assert busybox.out("-m", limit, *SH, "echo fine") == "fine\n"
 
 
 HOG = "dd if=/dev/zero of=/dev/null bs={} count=1 2>/dev/null"
