@@ -1499,6 +1499,7 @@ def test_started_in_a_chroot_nobody_climbs_out_of_both(account):
         assert "chroot" in refusal(account.under(around, *words, cwd="/"))
 
 
+@root
 @user_only
 def test_without_root_other_procs_and_binds_of_run_are_hidden(mydocker):
     proc, run = mydocker.path("proc"), mydocker.path("run")
@@ -1587,13 +1588,13 @@ def test_a_covered_proc_is_told_with_the_remedy(busybox):
     assert "/proc" in said
 
 
+@root
 @user_only
 @pytest.mark.parametrize(
     "options", ["-v {0}:/usr/data", "-w /usr/work", "--network host", "-h box", ""], ids=str.split
 )
 def test_a_rootfs_of_anothers_works_or_is_told_as_that(account, accounts, options):
     """Overlay cannot make a file in a directory whose owner the user namespace does not have."""
-    need("root" in accounts, "root (use sudo)")
     words = options.format(account.path("data")).split()
     result = account("--rootfs", accounts["root"].rootfs, *words, "echo", "fine")
     if "/usr" in options and result.status:
