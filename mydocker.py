@@ -198,7 +198,7 @@ class Log:
     """All that mydocker says, on stderr: stdout is the command's. The options say how."""
 
     fd, explain = 2, False
-    to_json = None  # the function that makes it, if it is asked for
+    json = None  # the module, if lines are to be JSON
     side = "run"  # or "init": which of the two processes speaks
     end = b"\n"  # b"\r\n" while the caller's terminal is raw
 
@@ -208,16 +208,15 @@ class Log:
         if options.log_format == "json":
             import json  # 7 ms, for those who want it
 
-            self.to_json = json.JSONEncoder(separators=(",", ":")).encode  # type: ignore[assignment]
+            self.json = json
 
     def line(self, level: str, text: str) -> None:
         """Write one line."""
         text = os.fsencode(text).decode("utf-8", "backslashreplace")
-        if self.to_json:
+        if self.json:
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            source = f"mydocker.py:{self.side}"
-            fields = {"level": level, "msg": text, "source": source, "time": now}
-            text = self.to_json(fields)  # type: ignore[misc,arg-type]
+            fields = {"level": level, "msg": text, "source": f"mydocker.py:{self.side}", "time": now}
+            text = self.json.dumps(fields, separators=(",", ":"))
         # a name that an image or a caller chose must not add a line, nor speak to the terminal
         data = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).encode() + self.end
         try:  # a stderr that is stopped or gone must not change the end; but --explain loses no step
@@ -234,8 +233,7 @@ class Log:
         """Say why a run has ended, and the remedy if there is one; return the exit status."""
         message, hint = str(error), getattr(error, "hint", "")
         if isinstance(error, OSError):
-            message = error.strerror or str(error)
-            message = f"{error.filename}: {message}" if error.filename else message
+            message = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
         elif not isinstance(error, Failure):
             message = f"internal error: {type(error).__name__}: {error}"  # a mistake in this file
         self.line("error", f"mydocker: {message}")
@@ -276,15 +274,14 @@ TIOCSPTLCK=0x40045431 TIOCGPTPEER=0x5441
     NAMES[_name] = int(_value, 0)
 
 # Arguments as in section 2 of the manual: s a string or struct, i int, o int shown in octal, L unsigned
-# long. Where Python has a function of that name it makes the call, else libc.
-_PROTOTYPES = dict(row.split(":") for row in """capget:ss capset:ss chmod:so close_range:iii flock:ii
-    ioctl:iis keyctl:is kill:ii makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL
-    move_mount:isisi open:sio open_tree:isi openat2:issL pipe2:i pivot_root:ss prctl:iLLLL ptrace:iiLL
-    setraw:ii sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:ii umount2:si unshare:i waitpid:ii
-    """.split())  # fmt: skip
-# made by syscall(2): not every libc has them
-_NUMBERS = {"keyctl": (250, 219), "mount_setattr": (442, 442), "move_mount": (429, 429),
-            "open_tree": (428, 428), "openat2": (437, 437), "close_range": (436, 436)}  # fmt: skip
+# long; and, where not every libc has the call, its number on x86_64 and on the others, for syscall(2).
+# Where Python has a function of that name it makes the call.
+_PROTOTYPES = {name: rest for name, *rest in (row.split(":") for row in """
+    capget:ss capset:ss chmod:so close_range:iii:436:436 flock:ii ioctl:iis keyctl:is:250:219 kill:ii
+    makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL:442:442 move_mount:isisi:429:429 open:sio
+    open_tree:isi:428:428 openat2:issL:437:437 pipe2:i pivot_root:ss prctl:iLLLL ptrace:iiLL setraw:ii
+    sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:ii umount2:si unshare:i waitpid:ii
+    """.split())}  # fmt: skip
 _TYPES = {"s": ctypes.c_char_p, "i": ctypes.c_int, "L": ctypes.c_ulong}
 _libc = ctypes.CDLL(None, use_errno=True)  # the libc that Python itself runs on, glibc or musl
 
@@ -305,13 +302,10 @@ def show(arg: object, letter: str = " ") -> str:
         return f"0{arg:o}"
     if letter in "iL" and isinstance(arg, str):
         return arg
-    if isinstance(arg, (bytes, ctypes.Array)):
-        text = bytes(arg).decode("ascii", "replace").rstrip("\0\n").replace("\0", " ").replace("\n", " ")
-        if not text.isprintable() or not text:
-            return f"<struct of {len(arg)} bytes>"
-    if isinstance(arg, int) and arg >= 1 << 32:  # an address
-        return hex(arg)
     text = repr(arg).replace("'", '"')
+    if isinstance(arg, (bytes, ctypes.Array)):
+        words = bytes(arg).decode("ascii", "replace").rstrip("\0\n").replace("\0", " ").replace("\n", " ")
+        text = f'"{words}"' if words.isprintable() and words else f"<struct of {len(arg)} bytes>"
     return text if len(text) <= 200 else text[:197] + "..."
 
 
@@ -322,7 +316,8 @@ def call(name: str, *args: object, why: str):  # type: ignore[no-untyped-def]
     outside this process comes through here, so --explain shows it. Where the call takes a number, str names
     flags; elsewhere it becomes bytes as by os.fsencode.
     """
-    letters = _PROTOTYPES.get(name, "").ljust(len(args))
+    letters, *numbers = _PROTOTYPES.get(name, [""])
+    letters = letters.ljust(len(args))
     raw = [value_of(arg) if letter in "iL" and isinstance(arg, str) else arg
            for arg, letter in zip(args, letters)]  # fmt: skip
 
@@ -335,12 +330,19 @@ def call(name: str, *args: object, why: str):  # type: ignore[no-untyped-def]
     if name == "execve":  # when it succeeds nobody is left to tell
         tell("?")
     try:
-        result = NAMES[name](*raw) if name in NAMES else call_libc(name, raw, letters)
+        if name in NAMES:
+            result = NAMES[name](*raw)
+        elif numbers:
+            result = call_libc("syscall", "L" + letters, [int(numbers[COLUMN]), *raw])
+        else:
+            result = call_libc(name, letters, raw)
     except (OSError, termios.error) as error:
         number = error.args[0] or errno.EIO
-        text = f"{why}: {tell(f'-1 {errno.errorcode.get(number, number)}')}: {os.strerror(number)}"
+        symbol = errno.errorcode.get(number, str(number))
+        text = f"{why}: {tell(f'-1 {symbol}')}: {os.strerror(number)}"
         failed = OSError(number, text)  # Python makes it a FileNotFoundError, PermissionError and so on
-        hints = [hint for part, code, hint in HINTS if code == number and part in text]
+        rows = [row.split("  ") for row in HINTS.strip().split("\n")]
+        hints = [hint for part, code, hint in rows if code == symbol and part in text]
         failed.hint = hints[0] if hints else ""  # type: ignore[attr-defined]
         raise failed from None
     if log.explain and (name != "fork" or result):  # fork returns twice, the story goes on once
@@ -348,11 +350,9 @@ def call(name: str, *args: object, why: str):  # type: ignore[no-untyped-def]
     return result
 
 
-def call_libc(name: str, args: "list", letters: str) -> int:
+def call_libc(name: str, letters: str, args: "list") -> int:
     """Make a call by libc, raise OSError at -1."""
-    function = _libc["syscall" if name in _NUMBERS else name]
-    if name in _NUMBERS:
-        args, letters = [_NUMBERS[name][COLUMN], *args], "L" + letters
+    function = _libc[name]
     function.argtypes = [_TYPES[letter] for letter in letters]  # type: ignore[misc]
     result = function(*[os.fsencode(arg) if isinstance(arg, str) else arg for arg in args])
     if result == -1:
@@ -360,26 +360,21 @@ def call_libc(name: str, args: "list", letters: str) -> int:
     return int(result)
 
 
-HINTS = (  # part of a failed call, its error, the remedy: where the error misleads, or has but one cause
-    ('mount("overlay"', errno.ENODEV, "this kernel lacks overlay; on the host: modprobe overlay"),
-    ('mount("overlay"', errno.EINVAL,
-     "overlay takes no --upperdir on overlay, no third overlay on two, and no filesystem with casefolding"),
-    ('mount("overlay"', errno.ELOOP, "the same directory twice: each --rootfs has to be another"),
-    ('mount("overlay"', errno.EOVERFLOW, "the rootfs is another user's: build it as this one, or use sudo"),
-    ('mount("proc"', errno.EPERM,
-     "a part of /proc is covered here, as in a container: so the kernel mounts no other; with sudo it works"),
-    ("pivot_root", errno.EINVAL,
-     "the root here is an initramfs, which pivot_root cannot swap: mount another, and switch_root to it"),
-    ("CLONE_NEWPID", errno.EPERM,
-     "root here lacks CAP_SYS_ADMIN, as in a container that was started without --privileged"),
-    ("join the cgroup", errno.EINVAL,
-     "a real-time caller cannot go into a cgroup without a real-time budget: chrt --other 0 python3 ..."),
-    ("in the rootfs", errno.ELOOP, "a symlink in its place is refused: it could lead out of the rootfs"),
-    ("in the container", errno.EACCES,
-     "a directory of the rootfs is another user's: build it as this one, or use sudo"),
-    ("move_mount", errno.EINVAL, "a file goes on a file, a directory on a directory"),
-    ("", errno.ENOSYS, "mydocker needs Linux 5.12 or newer"),
-)  # fmt: skip
+# Part of a failed call, its error, the remedy: where the error misleads, or has but one cause
+HINTS = """
+mount("overlay"  ENODEV  this kernel lacks overlay; on the host: modprobe overlay
+mount("overlay"  EINVAL  no --upperdir on overlay, no third overlay on two, no casefolding filesystem
+mount("overlay"  ELOOP  the same directory twice: each --rootfs has to be another
+mount("overlay"  EOVERFLOW  the rootfs is another user's: build it as this one, or use sudo
+mount("proc"  EPERM  a part of /proc is covered here, as in a container: sudo is needed for another
+pivot_root  EINVAL  an initramfs cannot be swapped: mount another root, and switch_root to it
+CLONE_NEWPID  EPERM  root here lacks CAP_SYS_ADMIN, as in a container that was started without --privileged
+join the cgroup  EINVAL  a real-time caller has no budget in a new cgroup: chrt --other 0 python3 ...
+in the rootfs  ELOOP  a symlink in its place is refused: it could lead out of the rootfs
+in the container  EACCES  a directory of the rootfs is another user's: build it as this one, or use sudo
+move_mount  EINVAL  a file goes on a file, a directory on a directory
+(  ENOSYS  mydocker needs Linux 5.12 or newer
+"""
 
 
 def attempt(step, *args: object, **keywords: object):  # type: ignore[no-untyped-def]
