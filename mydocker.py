@@ -150,10 +150,8 @@ def init(options: "Options", cgroups: "list[Cgroup]", command_read: int, ready_w
 def main(words: "list[str]") -> int:
     """Be the program; return its exit status."""
     try:
-        fd = 0
-        while fd < 3:  # the next file that we open would get the number of a closed one
-            fd = os.open("/dev/null", os.O_RDWR)
-            os.set_inheritable(fd, fd < 3)
+        while (fd := os.open("/dev/null", os.O_RDWR)) < 3:
+            os.set_inheritable(fd, True)  # a closed one: the next file that we open would get its number
         os.close(fd)
         command, rest = words[0] if words else "", words[1:]
         if COLUMN < 0:
@@ -392,8 +390,8 @@ def be_child(unwanted: "tuple[int, ...]", step, *args: object) -> None:  # type:
         for fd in unwanted:
             os.close(fd)
         step(*args)
-    except SystemExit:
-        pass
+    except (SystemExit, BrokenPipeError):
+        pass  # the parent has died, and with it the one to tell
     except BaseException as error:  # whatever it is: no container
         status = log.failure(error)
     finally:
