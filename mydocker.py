@@ -167,13 +167,11 @@ def main(words: "list[str]") -> int:
         if command in ("run", "-h", "--help"):  # run without argv: help was asked for
             print_help(command == "run")
         elif command == "--version":
-            print(f"mydocker {VERSION}")
+            print(f"mydocker {VERSION}", flush=True)
         elif command == "init":
             raise Failure("init: it is no command of its own, it is what run() forks", SEE_HELP)
         else:
             raise Failure(f"there is no command {command!r}" if command else f"usage: {USAGE}", SEE_HELP)
-        if sys.stdout:  # None when the caller closed it
-            sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         return EXIT_SIGNAL + int(signal.SIGINT)
@@ -2577,7 +2575,7 @@ def print_help(of_run: bool) -> None:
     for option in TABLE if of_run else ():
         kind: "dict" = {"metavar": option.metavar} if option.metavar else {"action": "store_true"}
         parser.add_argument(*option.names, help=option.text.replace("%", "%%"), **kind)
-    print(parser.format_help(), end="")  # by print_help, an error of stdout would be lost
+    print(parser.format_help(), end="", flush=True)  # by print_help, an error of stdout would be lost
 
 
 def main_after_script(*_: object) -> None:
