@@ -153,7 +153,7 @@ def main(words: "list[str]") -> int:
         while (fd := os.open("/dev/null", os.O_RDWR)) < 3:
             os.set_inheritable(fd, True)  # a closed one: the next file that we open would get its number
         os.close(fd)
-        command, rest = words[0] if words else "", words[1:]
+        command, *rest = words or [""]
         if COLUMN < 0:
             raise Failure(f"the system calls of {os.uname().machine} are not known here")
         if command == "run":
@@ -165,7 +165,7 @@ def main(words: "list[str]") -> int:
             if argv:
                 return run(options, argv)
         if command in ("run", "-h", "--help"):  # run without argv: help was asked for
-            print_help(command == "run")
+            print_help()
         elif command == "--version":
             print(f"mydocker {VERSION}", flush=True)
         elif command == "init":
@@ -2559,20 +2559,18 @@ def write_pidfile(path: str, pid: int, undo: "list") -> None:
 # ---- Command line: print_help --------------------------------------------------------------------
 
 
-def print_help(of_run: bool) -> None:
+def print_help() -> None:
     """Describe the command line. argparse is imported here only: nothing else needs it."""
     import argparse
 
     status = ("Exit status: the command's; 125 when mydocker failed, 126 when it cannot be executed, "
               "127 when it is not found, 128+n when signal n killed it.")  # fmt: skip
     parser = argparse.ArgumentParser(
-        prog="mydocker.py", usage=USAGE, epilog=status if of_run else f"{SEE_HELP}.", add_help=False,
+        usage=f"{USAGE}, or mydocker.py --version", epilog=status, add_help=False,
         description="Run COMMAND in a new container; the first word that is no option begins it.",
     )  # fmt: skip
     parser.add_argument("--help", action="help", help="show this")
-    if not of_run:
-        parser.add_argument("--version", action="version", version=VERSION, help="show the version")
-    for option in TABLE if of_run else ():
+    for option in TABLE:
         kind: "dict" = {"metavar": option.metavar} if option.metavar else {"action": "store_true"}
         parser.add_argument(*option.names, help=option.text.replace("%", "%%"), **kind)
     print(parser.format_help(), end="", flush=True)  # by print_help, an error of stdout would be lost
