@@ -2263,13 +2263,13 @@ def watch_signals() -> "tuple[set[int], int]":
 class Container:
     """The container as seen from outside, while it runs. One loop waits for everything at once.
 
-    What there is to do beside is a task each: a generator that yields what to wait for, a descriptor and
-    an event of poll(2), before it goes on.
+    What there is to do is a task each: a generator that yields what it waits for, (descriptor, event of
+    poll(2)), and goes on when that has come.
     """
 
     def __init__(self, options: Options, pid: int, signal_fd: int) -> None:
         self.options, self.pid, self.signal_fd = options, pid, signal_fd
-        self.tasks: "dict" = {}  # "start", or whose file of the caller's it serves: (task, descriptor, event)
+        self.tasks: "dict" = {}  # "start", or which descriptor of the caller's is relayed: (task, fd, event)
         self.wstatus = self.keys = None
         self.terminal: "Terminal | None" = None
         self.deadline = self.next_end = math.inf  # when to kill, when to type the end of the input
@@ -2279,11 +2279,9 @@ class Container:
         why = "to see what it becomes before that can do anything"
         self.held = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC", why=why) == 0
 
-    def supervise(
-        self, argv: "list[str]", command_write: int, ready_read: int, ours: "dict[int, int]"
-    ) -> int:
+    def supervise(self, argv: "list[str]", command_fd: int, ready_fd: int, ours: "dict[int, int]") -> int:
         """Relay signals and terminals until the command has ended; return its wait status."""
-        self.go_on("start", self.start(argv, command_write, ready_read))
+        self.go_on("start", self.start(argv, command_fd, ready_fd))
         for number, fd in ours.items():
             self.go_on(number, self.relay(number, fd))
         while self.wstatus is None:
@@ -2292,13 +2290,11 @@ class Container:
             if time.monotonic() >= self.next_end:
                 self.next_end = self.terminal.type_end()
             self.wait(min(self.deadline, self.next_end))
-        # what it wrote last: all of it, unless nobody reads it after a stop; a signal drops the tasks
         self.tasks.pop(0, None)
-        while self.tasks:
+        while self.tasks:  # what it wrote last: all of it, unless nobody reads it after a stop or a signal
             is_held = select.POLLOUT in [event for _, _, event in self.tasks.values()]
             patience = time.monotonic() + 1 if self.stopped_by else math.inf
-            # nobody is left who could write: what there is to read is there now
-            if not self.wait(patience if is_held else 0):
+            if not self.wait(patience if is_held else 0):  # 0: what there is to read is there now
                 break
         return self.wstatus
 
@@ -2321,21 +2317,21 @@ class Container:
             return
         self.tasks.pop(name, None)
 
-    def start(self, argv: "list[str]", command_write: int, ready_read: int):  # type: ignore[no-untyped-def]
+    def start(self, argv: "list[str]", command_fd: int, ready_fd: int):  # type: ignore[no-untyped-def]
         """Be the task that gets the command under way: send it, with -t when the terminal is there."""
         data = os.fsencode("\0".join([*argv, ""]))  # a NUL after each word: spaces and quotes survive
         try:
             if self.options.tty:
-                yield ready_read, select.POLLIN
-                if os.read(ready_read, 1):
+                yield ready_fd, select.POLLIN
+                if os.read(ready_fd, 1):
                     self.terminal = Terminal(self.pid)
                     self.go_on(1, self.relay(1, self.terminal.master))
             while data:
-                data = data[call("write", command_write, data, why="send the command") :]
+                data = data[call("write", command_fd, data, why="send the command") :]
         except (FileNotFoundError, BrokenPipeError):
             pass  # init has failed, and has said why, or was killed
-        os.close(command_write)  # EOF says go
-        yield ready_read, select.POLLIN  # by its EOF: init has become the command, or died
+        os.close(command_fd)  # EOF says go
+        yield ready_fd, select.POLLIN  # by its EOF: init has become the command, or died
         self.reap()
         if self.wstatus is None:
             if not self.held:
@@ -2370,7 +2366,7 @@ class Container:
                     log.warning(problem)
                     self.take_signal(signal.SIGHUP)
                 elif held or error.errno == errno.EIO:
-                    break  # the command reads no more; nobody has the other end of the pty open, all is read
+                    break  # the command reads no more; or nobody has the other end of the pty, all is read
                 elif number:
                     raise Failure(problem) from None
                 else:
@@ -2434,11 +2430,10 @@ class Container:
                 self.wstatus = wstatus
                 return
             event = wstatus >> 16  # PTRACE_EVENT_* of <linux/ptrace.h>
-            if event == 4:
+            if event == 4:  # _EXEC
                 self.refuse_python()
-            # _EXEC; none is a signal, which it is to have; with _STOP it stays stopped until SIGCONT
-            request = {4: "PTRACE_DETACH", 0: "PTRACE_CONT"}.get(event, "PTRACE_LISTEN")
-            number = 0 if event else os.WSTOPSIG(wstatus)
+            request = "PTRACE_DETACH" if event == 4 else "PTRACE_CONT"
+            number = 0 if event else os.WSTOPSIG(wstatus)  # a signal, which it is to have
             try:
                 call("ptrace", request, self.pid, 0, number, why="let it go on")
             except ProcessLookupError:
