@@ -2236,8 +2236,7 @@ def is_foreground() -> bool:
 
 # The first of these starts --stop-timeout: all that would end run(), by way of timers and limits, too
 STOPPING = "SIGTERM SIGINT SIGHUP SIGALRM SIGVTALRM SIGPROF SIGXCPU SIGIO SIGPWR".split()
-# What run() leaves to the kernel. These, SIGCHLD and SIGWINCH are not forwarded, as by docker run: they are
-# about its own children, pipes and terminal
+# What run() leaves to the kernel; as by docker run, neither they nor SIGCHLD and SIGWINCH are forwarded
 UNWATCHED = "SIGKILL SIGSTOP SIGPIPE SIGURG SIGTSTP SIGTTIN SIGTTOU".split()
 # of two names, such as SIGCHLD and SIGCLD, or SIGHUP and SIG_IGN, the first
 SIGNALS = {NAMES[name]: name for name in sorted(vars(signal), reverse=True) if name.startswith("SIG")}
@@ -2249,14 +2248,14 @@ def watch_signals() -> "tuple[set[int], int]":
     Blocked, none can end run() between two steps, and none is lost between fork and exec. What the
     caller ignores, as under nohup, stays ignored. See signalfd(2).
     """
-    for number in (signal.SIGCHLD, signal.SIGWINCH, signal.SIGXFSZ):  # Python itself ignores the last
-        signal.signal(number, signal.SIG_DFL)  # with SIGCHLD ignored there is no word of the end
+    # with SIGCHLD ignored there is no word of the end; SIGXFSZ is ignored by Python itself
+    for number in (signal.SIGCHLD, signal.SIGWINCH, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
     watched = [number for number in signal.valid_signals() if SIGNALS.get(number) not in UNWATCHED
                and signal.getsignal(number) != signal.SIG_IGN]  # fmt: skip
     # SIGTTOU is only blocked: to put the terminal back must not stop us
     caller_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*watched, signal.SIGTTOU])
-    # sigset_t: bit n-1 is signal n
-    sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")
+    sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")  # bit n-1 is signal n
     return caller_mask, call("signalfd", -1, sigset, "O_CLOEXEC", why="signals as something to poll for")
 
 
@@ -2361,7 +2360,7 @@ class Container:
                 pass
             except OSError as error:
                 problem = f"{'stdout' if number else 'stdin'}: {error.strerror}"
-                if held and number:  # nobody takes it: what comes is thrown away from now on
+                if held and number:  # nobody takes it: what comes is thrown away from now on, and HUP says so
                     target = os.open("/dev/null", os.O_WRONLY)
                     log.warning(problem)
                     self.take_signal(signal.SIGHUP)
@@ -2378,27 +2377,22 @@ class Container:
                 self.next_end = 0
 
     def take_keys(self) -> None:
-        """Begin to relay what is typed; also when SIGCONT says that we may be back from the background.
-
-        Only in the foreground: in the background the terminal is another's.
-        """
+        """Begin to relay what is typed, or wait for SIGCONT: in the background the terminal is another's."""
         if self.keys and is_foreground():
             self.terminal.set_raw()
             if 0 not in self.tasks:
                 self.go_on(0, self.keys)
 
     def refuse_python(self) -> None:
-        """Kill what has become the host's Python: by a file that was exchanged meanwhile, or by binfmt_misc.
-
-        See refuse_own_python(). None: it has ended already.
-        """
+        """Kill what became the host's Python past refuse_own_python(): by an exchanged file, or binfmt_misc."""
+        # None: it has ended already
         if attempt(is_own_python, f"/proc/{self.pid}/exe"):
             self.kill("the command became the program that runs mydocker: killed")
 
     def take_signal(self, number: int) -> None:
         """Act on a signal: pass it on; the first of STOPPING starts the timeout, then TERM or INT kills.
 
-        What comes before the execve is pending in init, which has all of them blocked until then.
+        What is passed on before the execve is pending until then: init was forked with all of them blocked.
         """
         name = SIGNALS.get(number, number)
         if name == "SIGCHLD":
@@ -2468,14 +2462,11 @@ def enter_user_namespace() -> None:
         write_file("/proc/self/gid_map", f"0 {gid} 1", "group 0 inside is the caller's")
         write_file("/proc/self/uid_map", f"0 {uid} 1", "user 0 inside is the caller")
     except OSError as error:
-        hint = "with sudo it works" if uid else "in a container: start that one with --privileged"
-        for row in ("kernel.apparmor_restrict_unprivileged_userns 1 0",
-                    "kernel.unprivileged_userns_clone 0 1", "user.max_user_namespaces 0 15000"):  # fmt: skip
-            setting, bad, good = row.split()
-            # not every kernel has each of them
-            if attempt(read_file, "/proc/sys/" + setting.replace(".", "/"), "what forbids it") == bad + "\n":
-                hint = f"{setting} = {bad} forbids it: sudo sysctl {setting}={good}, or use sudo"
-        error.hint = hint  # type: ignore[attr-defined]
+        hint = ("kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), kernel.unprivileged_userns_clone=1 "
+                "(Debian), or use sudo; in a container: start that one with --privileged")  # fmt: skip
+        if error.errno == errno.ENOSPC:
+            hint = "user.max_user_namespaces=15000, or use sudo"
+        error.hint = f"what forbids it can be lifted by sudo sysctl {hint}"  # type: ignore[attr-defined]
         raise
 
 
