@@ -2158,7 +2158,7 @@ def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[
     raise failure
 
 
-# ---- Outside, the rest of run: Terminal, Container ------------------------------------------------
+# ---- Outside, the rest of run: Terminal, Container -----------------------------------------------
 
 
 def relay_terminals(options: Options) -> "tuple[dict[int, int], dict[int, int]]":
@@ -2384,7 +2384,7 @@ class Container:
                 self.go_on(0, self.keys)
 
     def refuse_python(self) -> None:
-        """Kill what became the host's Python past refuse_own_python(): by an exchanged file, or binfmt_misc."""
+        """Kill what became the host's Python past refuse_own_python(), by an exchanged file or binfmt_misc."""
         # None: it has ended already
         if attempt(is_own_python, f"/proc/{self.pid}/exe"):
             self.kill("the command became the program that runs mydocker: killed")
