@@ -2384,7 +2384,7 @@ class Container:
                 self.go_on(0, self.keys)
 
     def refuse_python(self) -> None:
-        """Kill what became the host's Python past refuse_own_python(), by an exchanged file or binfmt_misc."""
+        """Kill what became the host's Python past refuse_own_python(): an exchanged file, binfmt_misc."""
         # None: it has ended already
         if attempt(is_own_python, f"/proc/{self.pid}/exe"):
             self.kill("the command became the program that runs mydocker: killed")
