@@ -74,7 +74,7 @@ def run(options: "Options", argv: "list[str]") -> int:
         if options.upperdir:
             lock_upperdir(options)
         cgroups = make_cgroups(options, undo)
-        stdio, pumps = relay_terminals(options)
+        stdio, ours = relay_terminals(options)
         if options.rootless:
             enter_user_namespace()
         call("unshare", "CLONE_NEWPID", why="the next child is PID 1 of a new pid namespace")
@@ -86,16 +86,15 @@ def run(options: "Options", argv: "list[str]") -> int:
             # without its copies of run()'s ends: else the command has no EOF, and init is its own reader
             be_child((command_write, ready_read), init,
                      options, cgroups, command_read, ready_write, stdio, caller_mask)  # fmt: skip
-        container = Container(options, argv, pid, signal_fd, command_write, ready_read, pumps)
+        container = Container(options, pid, signal_fd)
         undo.append(container.end)
         for fd in (command_read, ready_write, *stdio.values()):  # or we never see EOF
             os.close(fd)
-        container.seize()
         if options.pidfile:
             write_pidfile(options.pidfile, pid, undo)
         for cgroup in cgroups:
             cgroup.hurry_join()
-        wstatus = container.supervise()
+        wstatus = container.supervise(argv, command_write, ready_read, ours)
     finally:
         for step in reversed(undo):
             tolerate(step)
@@ -2150,76 +2149,23 @@ def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[
     raise failure
 
 
-# ---- Outside, the rest of run: Pump, Terminal, Container -----------------------------------------
+# ---- Outside, the rest of run: Terminal, Container -----------------------------------------------
 
 
-class Pump:
-    """One direction of the relay: what was read is held until it can be written.
-
-    4 KiB at a time: a pty gives no more, and a pipe that polls writable takes as much.
-    """
-
-    def __init__(self, source: int, target: int, is_output: bool) -> None:
-        self.source, self.target, self.is_output = source, target, is_output
-        self.held, self.problem = b"", ""  # of the target: what comes is thrown away from then on
-
-    def interest(self) -> "tuple[int, int]":
-        """Return what to poll for: a place to put what is held, or else something to take."""
-        return (self.target, select.POLLOUT) if self.held else (self.source, select.POLLIN)
-
-    def advance(self) -> None:
-        """Read or write once, as interest() said."""
-        if self.held:
-            self.put()
-        else:
-            self.take()
-
-    def take(self) -> bool:
-        """Read once; tell whether there was anything. The source is -1 after its end."""
-        try:
-            data = os.read(self.source, 4096)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            # EIO: nobody has the other end of the pty open, all is read. What breaks off at stdin has ended
-            if error.errno != errno.EIO and self.is_output:
-                raise Failure(f"the container's output: {error.strerror}") from None
-            if error.errno != errno.EIO:
-                log.warning(f"stdin: {error.strerror}")
-            data = b""
-        if not data:
-            self.source = -1
-        self.held = b"" if self.problem else data
-        return bool(data)
-
-    def put(self) -> None:
-        """Write once; give the target up when it takes nothing more."""
-        try:
-            self.held = self.held[os.write(self.target, self.held) :]
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self.held, self.problem = b"", error.strerror
-            if not self.is_output:  # leave the rest of the input to others
-                self.source = -1
-
-
-def relay_terminals(options: Options) -> "tuple[dict[int, int], list[Pump]]":
-    """Return what the command gets in place of terminals at 0 to 2, without -t, and the pumps to serve that.
+def relay_terminals(options: Options) -> "tuple[dict[int, int], dict[int, int]]":
+    """Return what the command gets in place of terminals at 0 to 2, without -t, and our ends of that.
 
     The caller's terminal never goes in: whoever holds one can read what is typed next, or change its mode.
-    The pumps read it in the caller's job, so that job control holds: in the background the kernel stops us.
+    We read it in the caller's job, so that job control holds: in the background the kernel stops us.
     """
     stdio: "dict[int, int]" = {}
-    pumps = []
-    for fd in (0, 1, 2) if not options.tty else ():
-        if os.isatty(fd) and (fd or options.interactive):
-            read_fd, write_fd = call("pipe2", "O_CLOEXEC", why="in place of a terminal of the caller's")
-            stdio[fd], ours = (write_fd, read_fd) if fd else (read_fd, write_fd)
-            os.set_blocking(ours, False)
-            caller = open_unblocked(fd, os.O_WRONLY if fd else os.O_RDONLY)
-            pumps.append(Pump(ours, caller, True) if fd else Pump(caller, ours, False))
-    return stdio, pumps
+    ours = {}
+    for fd in (0, 1, 2):
+        if not options.tty and os.isatty(fd) and (fd or options.interactive):
+            ends = call("pipe2", "O_CLOEXEC", why="in place of a terminal of the caller's")
+            stdio[fd], ours[fd] = reversed(ends) if fd else ends
+            os.set_blocking(ours[fd], False)
+    return stdio, ours
 
 
 class Terminal:
@@ -2229,58 +2175,41 @@ class Terminal:
     container's own devpts, so that it has a name there; only its master is here. See pty(7), ioctl_tty(2).
     """
 
-    def __init__(self, pid: int, interactive: bool) -> None:
+    def __init__(self, pid: int) -> None:
         # by the root of the new process: no code of the container runs yet
-        path = f"/proc/{pid}/root/dev/pts/ptmx"
-        flags = "O_RDWR|O_NOCTTY|O_NONBLOCK|O_CLOEXEC"
-        self.master = call("open", path, flags, why="the master of a new pty in the container's devpts")
-        call("ioctl", self.master, "TIOCSPTLCK", struct.pack("i", 0), why="unlock its other end, pts/0")
+        path, flags = f"/proc/{pid}/root/dev/pts/ptmx", "O_RDWR|O_NOCTTY|O_CLOEXEC"
+        self.master = call("open", path, f"{flags}|O_NONBLOCK", why="the master of a new pty, in its devpts")
+        call("ioctl", self.master, "TIOCSPTLCK", bytes(4), why="unlock its other end, pts/0")
         why = "held, as the container may close its terminal and open it again"
-        self.peer = call("ioctl", self.master, "TIOCGPTPEER", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, why=why)
-        self.out = Pump(self.master, open_unblocked(1, os.O_WRONLY), True)
-        self.input = Pump(open_unblocked(0, os.O_RDONLY), self.master, False)
-        self.interactive, self.saved = interactive, None
-        self.pause, self.next_end = 0.02, 0.0  # seconds until the end of the input is typed again
+        self.peer = call("ioctl", self.master, "TIOCGPTPEER", value_of(flags), why=why)
+        self.saved: "list" = []
+        self.pause = 0.02  # seconds until the end of the input is typed again
         self.resize()
         if not os.isatty(0):
             log.warning("stdin is not a terminal: -t gives the command one all the same")
 
-    def begin(self, pumps: "list[Pump]") -> None:
-        """Pass every key on as it is: what Ctrl-C means is for the container's terminal to say.
-
-        Only in the foreground: in the background the terminal is another's, until SIGCONT says otherwise.
-        """
-        if not self.interactive or os.isatty(0) and not is_foreground():
-            return
-        if self.input not in pumps:
-            pumps.append(self.input)
+    def set_raw(self) -> None:
+        """Have the caller's terminal pass every key on: what Ctrl-C means is for the container's to say."""
         if os.isatty(0):
-            import tty  # here only: not every run has a terminal
-
-            NAMES["setraw"] = tty.setraw
             self.saved = self.saved or call("tcgetattr", 0, why="to put the caller's terminal back")
             log.end = b"\r\n"  # from now on
-            call("setraw", 0, "TCSANOW", why="the caller's terminal passes on every key")
+            raw = [0, 0, self.saved[2], 0, *self.saved[4:]]  # no flag for input, output, keys
+            call("tcsetattr", 0, "TCSANOW", raw, why="the caller's terminal passes on every key")
 
-    def end_input(self) -> "float | None":
+    def type_end(self) -> float:
         """Type ^D, the end of the input, once all before it is read; return when to come again.
 
         Not earlier: a line editor that changes the terminal's mode would lose it. And again, at longer and
         longer intervals, because just then it may: the end of a file is there when it is read twice, too.
         """
-        if self.input.source >= 0 or self.input.held or self.input.problem:
-            return None
-        if time.monotonic() >= self.next_end:
-            unread = call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read it all")
-            if not any(unread):
-                attempt(os.write, self.master, b"\x04")
-                self.pause = min(2 * self.pause, 5)
-            self.next_end = time.monotonic() + self.pause
-        return self.next_end
+        if not any(call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read it all")):
+            attempt(os.write, self.master, b"\x04")
+            self.pause = min(2 * self.pause, 5)
+        return time.monotonic() + self.pause
 
     def resize(self) -> None:
         """Give the container's terminal the size of the caller's; the kernel sends SIGWINCH inside."""
-        for fd in [fd for fd in (0, 1, 2) if os.isatty(fd)][:1]:
+        for fd in filter(os.isatty, (2, 1, 0)):  # the last decides
             size = call("ioctl", fd, "TIOCGWINSZ", bytes(8), why="the size of the caller's terminal")
             call("ioctl", self.master, "TIOCSWINSZ", size, why="the container's has the same")
 
@@ -2292,185 +2221,204 @@ class Terminal:
 
 
 def is_foreground() -> bool:
-    """Tell whether the terminal at stdin listens to this job; one that is not our own has no say in it."""
+    """Tell whether the terminal at stdin listens to this job; if it is not our own it has no say."""
     return attempt(os.tcgetpgrp, 0) in (None, os.getpgrp())
 
 
 # The first of these starts --stop-timeout: all that would end run(), by way of timers and limits, too
 STOPPING = "SIGTERM SIGINT SIGHUP SIGALRM SIGVTALRM SIGPROF SIGXCPU SIGIO SIGPWR".split()
-# What run() leaves to the kernel, as docker run does: they are about its own children, pipes and terminal
-NOT_FORWARDED = "SIGKILL SIGSTOP SIGCHLD SIGPIPE SIGURG SIGWINCH SIGTSTP SIGTTIN SIGTTOU".split()
-# of two names, such as SIGCHLD and SIGCLD, the first
-SIGNALS = {getattr(signal, name): name for name in sorted(vars(signal), reverse=True)
-           if name.startswith("SIG") and "_" not in name}  # fmt: skip
+# What run() leaves to the kernel; as by docker run, neither they nor SIGCHLD and SIGWINCH are forwarded
+UNWATCHED = "SIGKILL SIGSTOP SIGPIPE SIGURG SIGTSTP SIGTTIN SIGTTOU".split()
+# of two names, such as SIGCHLD and SIGCLD, or SIGHUP and SIG_IGN, the first
+SIGNALS = {NAMES[name]: name for name in sorted(vars(signal), reverse=True) if name.startswith("SIG")}
 
 
 def watch_signals() -> "tuple[set[int], int]":
     """Block the signals that run() cares for; return (the mask before, a descriptor to read them from).
 
     Blocked, none can end run() between two steps, and none is lost between fork and exec. What the
-    caller ignores, as under nohup, stays ignored; Python itself ignores SIGXFSZ. See signalfd(2).
+    caller ignores, as under nohup, stays ignored. See signalfd(2).
     """
-    watched = [number for number in signal.valid_signals() if SIGNALS.get(number) not in NOT_FORWARDED
-               and (number == signal.SIGXFSZ or signal.getsignal(number) != signal.SIG_IGN)]  # fmt: skip
-    watched += [signal.SIGCHLD, signal.SIGWINCH]
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller may have left it ignored: no word of the end
+    # with SIGCHLD ignored there is no word of the end; SIGXFSZ is ignored by Python itself
+    for number in (signal.SIGCHLD, signal.SIGWINCH, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    watched = [number for number in signal.valid_signals() if SIGNALS.get(number) not in UNWATCHED
+               and signal.getsignal(number) != signal.SIG_IGN]  # fmt: skip
     # SIGTTOU is only blocked: to put the terminal back must not stop us
     caller_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*watched, signal.SIGTTOU])
-    # sigset_t: bit n-1 is signal n
-    sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")
+    sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")  # bit n-1 is signal n
     return caller_mask, call("signalfd", -1, sigset, "O_CLOEXEC", why="signals as something to poll for")
 
 
 class Container:
-    """The container as seen from outside, while it runs. One loop waits for everything at once."""
+    """The container as seen from outside, while it runs. One loop waits for everything at once.
 
-    def __init__(
-        self, options: Options, argv: "list[str]", pid: int, signal_fd: int,
-        command_write: int, ready_read: int, pumps: "list[Pump]",
-    ) -> None:  # fmt: skip
-        self.options, self.argv, self.pid, self.signal_fd = options, argv, pid, signal_fd
-        self.command_write, self.ready_read, self.pumps = command_write, ready_read, pumps
-        self.wstatus = self.deadline = None
+    What there is to do is a task each: a generator that yields what it waits for, (descriptor, event of
+    poll(2)), and goes on when that has come.
+    """
+
+    def __init__(self, options: Options, pid: int, signal_fd: int) -> None:
+        self.options, self.pid, self.signal_fd = options, pid, signal_fd
+        self.tasks: "dict" = {}  # "start", or which descriptor of the caller's is relayed: (task, fd, event)
+        self.wstatus = self.keys = None
         self.terminal: "Terminal | None" = None
-        self.held = False  # it is traced, and so stops at its execve
-        self.started = False  # the pipe has ended: init has become the command, or died
-        self.early: "list[int]" = []  # signals from before that
+        self.deadline = self.next_end = math.inf  # when to kill, when to type the end of the input
         self.stopped_by = ""
-
-    def seize(self) -> None:
-        """Have the kernel stop init at its execve, before the new program's first instruction: see reap().
-
-        Where that is refused (we are traced ourselves, yama), read_ready() looks as soon as it can.
-        """
+        # The kernel is to stop init at its execve, before the new program's first instruction: see reap().
+        # Where that is refused (we are traced ourselves, yama), start() looks as soon as it can
         why = "to see what it becomes before that can do anything"
-        seized = attempt(call, "ptrace", "PTRACE_SEIZE", self.pid, 0, "PTRACE_O_TRACEEXEC", why=why)
-        self.held = seized is not None
+        self.held = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC", why=why) == 0
 
-    def supervise(self) -> int:
-        """Relay signals and terminal until the command has ended; return its wait status."""
-        if not self.options.tty:
-            self.send_command()
+    def supervise(self, argv: "list[str]", command_fd: int, ready_fd: int, ours: "dict[int, int]") -> int:
+        """Relay signals and terminals until the command has ended; return its wait status."""
+        self.go_on("start", self.start(argv, command_fd, ready_fd))
+        for number, fd in ours.items():
+            self.go_on(number, self.relay(number, fd))
         while self.wstatus is None:
-            interests = {self.signal_fd: select.POLLIN}
-            if not self.started:
-                interests[self.ready_read] = select.POLLIN
-            for fd, events in [pump.interest() for pump in self.pumps]:
-                if fd >= 0:
-                    interests[fd] = interests.get(fd, 0) | events
-            times = [self.deadline, self.terminal.end_input() if self.terminal else None]
-            ready = poll(interests, min(filter(None, times), default=None))
-            if not self.started and self.ready_read in ready:
-                self.read_ready()
-            if self.signal_fd in ready:
-                for number in self.read_signals():
-                    self.take_signal(number)
-            for pump in self.pumps:
-                if pump.interest()[0] in ready:
-                    pump.advance()
-                if pump.problem and pump.is_output and not self.stopped_by:
-                    log.warning(f"stdout: {pump.problem}")
-                    self.take_signal(signal.SIGHUP)
-                ended = pump.source < 0 and not pump.held and not pump.is_output
-                if ended and not self.terminal and pump.target >= 0:
-                    os.close(pump.target)  # the command reads the end of its stdin
-                    pump.target = -1
-            if self.deadline and time.monotonic() >= self.deadline:
+            if time.monotonic() >= self.deadline:
                 self.kill(f"{self.stopped_by} did not end it within {self.options.stop_timeout:g} s: killed")
-        for pump in self.pumps:
-            if pump.is_output:
-                self.drain(pump)
+            if time.monotonic() >= self.next_end:
+                self.next_end = self.terminal.type_end()
+            self.wait(min(self.deadline, self.next_end))
+        self.tasks.pop(0, None)
+        while self.tasks:  # what it wrote last: all of it, unless nobody reads it after a stop or a signal
+            is_held = select.POLLOUT in [event for _, _, event in self.tasks.values()]
+            patience = time.monotonic() + 1 if self.stopped_by else math.inf
+            if not self.wait(patience if is_held else 0):  # 0: what there is to read is there now
+                break
         return self.wstatus
 
-    def drain(self, out: Pump) -> None:
-        """Write what the container wrote last: all of it, unless nobody reads it after a stop or a signal."""
-        while out.held or out.source >= 0 and out.take() and not out.problem:
-            patience = time.monotonic() + 1 if self.stopped_by else None
-            ready = poll({out.target: select.POLLOUT, self.signal_fd: select.POLLIN}, patience)
-            if out.target in ready:
-                out.put()
-            elif not ready or any(SIGNALS.get(number) in STOPPING for number in self.read_signals()):
-                return
+    def wait(self, deadline: float) -> bool:
+        """Wait for a signal or what a task waits for, and act on it; tell whether one came in time."""
+        interests = {fd: event for _, fd, event in self.tasks.values()}
+        interests[self.signal_fd] = select.POLLIN
+        ready = poll(interests, deadline)
+        if self.signal_fd in ready:
+            self.take_signal(os.read(self.signal_fd, 128)[0])  # what struct signalfd_siginfo begins with
+        for name, (task, fd, _) in list(self.tasks.items()):
+            if fd in ready:
+                self.go_on(name, task)
+        return bool(ready)
 
-    def send_command(self) -> None:
-        """Send argv, a NUL after each word, and close: EOF says go. Spaces and quotes survive."""
-        data = b"".join(os.fsencode(word) + b"\0" for word in self.argv)
-        try:
-            while data:
-                data = data[call("write", self.command_write, data, why="send the command") :]
-        except BrokenPipeError:
-            pass  # init has failed, and has said why
-        os.close(self.command_write)
-
-    def read_ready(self) -> None:
-        """Take what init tells: the pty can be opened; by EOF, that it has become the command, or died."""
-        if os.read(self.ready_read, 1):
-            try:
-                self.terminal = Terminal(self.pid, self.options.interactive)
-                self.pumps.append(self.terminal.out)
-                self.send_command()
-            except FileNotFoundError:
-                pass  # init was killed meanwhile
+    def go_on(self, name, task) -> None:  # type: ignore[no-untyped-def]
+        """Let a task run until it waits for something, or is done."""
+        for wait in task:
+            self.tasks[name] = task, *wait
             return
-        self.started = True
+        self.tasks.pop(name, None)
+
+    def start(self, argv: "list[str]", command_fd: int, ready_fd: int):  # type: ignore[no-untyped-def]
+        """Be the task that gets the command under way: send it, with -t when the terminal is there."""
+        data = os.fsencode("\0".join([*argv, ""]))  # a NUL after each word: spaces and quotes survive
+        try:
+            if self.options.tty:
+                yield ready_fd, select.POLLIN
+                if os.read(ready_fd, 1):
+                    self.terminal = Terminal(self.pid)
+                    self.go_on(1, self.relay(1, self.terminal.master))
+            while data:
+                data = data[call("write", command_fd, data, why="send the command") :]
+        except (FileNotFoundError, BrokenPipeError):
+            pass  # init has failed, and has said why, or was killed
+        os.close(command_fd)  # EOF says go
+        yield ready_fd, select.POLLIN  # by its EOF: init has become the command, or died
         self.reap()
-        if self.wstatus is None and not self.held:
-            self.refuse_python()
-        if self.wstatus is None and self.terminal:
-            self.terminal.begin(self.pumps)
-        for number in self.early:
-            self.take_signal(number)
+        if self.wstatus is None:
+            if not self.held:
+                self.refuse_python()
+            if self.terminal and self.options.interactive:
+                self.keys = self.relay(0, os.dup(self.terminal.master))
+                self.take_keys()
+
+    def relay(self, number: int, ours: int):  # type: ignore[no-untyped-def]
+        """Be the task that relays between 0, 1 or 2 of the caller's and our end of the container's.
+
+        4 KiB at a time: a pty gives no more, and a pipe that polls writable takes as much.
+        """
+        caller = open_unblocked(number, os.O_RDWR)
+        source, target = (ours, caller) if number else (caller, ours)
+        held = b""
+        while True:
+            yield (target, select.POLLOUT) if held else (source, select.POLLIN)
+            try:
+                if held:
+                    held = held[os.write(target, held) :]
+                    continue
+                held = os.read(source, 4096)
+                if not held:
+                    break
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                problem = f"{'stdout' if number else 'stdin'}: {error.strerror}"
+                if held and number:  # nobody takes it: what comes is thrown away from now on, and HUP says so
+                    target = os.open("/dev/null", os.O_WRONLY)
+                    log.warning(problem)
+                    self.take_signal(signal.SIGHUP)
+                elif held or error.errno == errno.EIO:
+                    break  # the command reads no more; or nobody has the other end of the pty, all is read
+                elif number:
+                    raise Failure(problem) from None
+                else:
+                    log.warning(problem)  # what breaks off has ended
+                    break
+        if number == 0:  # now the command is to read the end of its stdin, or of its terminal
+            os.close(ours)
+            if self.terminal:
+                self.next_end = 0
+
+    def take_keys(self) -> None:
+        """Begin to relay what is typed, or wait for SIGCONT: in the background the terminal is another's."""
+        if self.keys and is_foreground():
+            self.terminal.set_raw()
+            if 0 not in self.tasks:
+                self.go_on(0, self.keys)
 
     def refuse_python(self) -> None:
-        """Kill what has become the host's Python: by a file that was exchanged meanwhile, or by binfmt_misc.
-
-        See refuse_own_python(). None: it has ended already.
-        """
+        """Kill what became the host's Python past refuse_own_python(): an exchanged file, binfmt_misc."""
+        # None: it has ended already
         if attempt(is_own_python, f"/proc/{self.pid}/exe"):
             self.kill("the command became the program that runs mydocker: killed")
 
-    def read_signals(self) -> "list[int]":
-        """Return the signals that are pending: 128 bytes each, struct signalfd_siginfo."""
-        return [number for number, in struct.iter_unpack("I124x", os.read(self.signal_fd, 128 * 32))]
-
     def take_signal(self, number: int) -> None:
-        """Act on a signal: pass it on; the first of STOPPING starts the timeout, then TERM or INT kills."""
+        """Act on a signal: pass it on; the first of STOPPING starts the timeout, then TERM or INT kills.
+
+        What is passed on before the execve is pending until then: init was forked with all of them blocked.
+        """
         name = SIGNALS.get(number, number)
-        if number == signal.SIGCHLD:
+        if name == "SIGCHLD":
             self.reap()
-        elif number == signal.SIGWINCH:
+        elif name == "SIGWINCH":
             if self.terminal:
                 self.terminal.resize()
-        elif name in STOPPING and not self.started:
-            self.stopped_by = name
+        elif self.wstatus is not None:
+            if name in STOPPING:
+                self.tasks.clear()
+        elif name in STOPPING and "start" in self.tasks:
             self.kill(f"{name} before the command was started")
-        elif not self.started:
-            self.early.append(number)  # init would ignore it
         elif name in ("SIGTERM", "SIGINT") and self.stopped_by:
             self.kill(f"{name}, the second signal: killed")
-        elif self.wstatus is None:
-            if number == signal.SIGCONT and self.terminal:  # back from the background
-                self.terminal.begin(self.pumps)
+        else:
+            if name == "SIGCONT":
+                self.take_keys()
             call("kill", self.pid, name, why="pass the signal on")
             if name in STOPPING and not self.stopped_by:
                 self.stopped_by, self.deadline = name, time.monotonic() + self.options.stop_timeout
 
-    def reap(self) -> None:
+    def reap(self, flags: str = "WNOHANG") -> None:
         """Take the wait status if the container has ended; let it go on where the tracing has stopped it."""
         while self.wstatus is None:
-            pid, wstatus = call("waitpid", self.pid, "WNOHANG", why="has the container ended")
+            pid, wstatus = call("waitpid", self.pid, flags, why="has the container ended")
             if not pid:
                 return
             if not os.WIFSTOPPED(wstatus):
                 self.wstatus = wstatus
                 return
-            request, number = "PTRACE_CONT", os.WSTOPSIG(wstatus)  # a signal, which it is to have
             event = wstatus >> 16  # PTRACE_EVENT_* of <linux/ptrace.h>
             if event == 4:  # _EXEC
                 self.refuse_python()
-                request, number = "PTRACE_DETACH", 0
-            elif event:  # _STOP: it stays stopped until SIGCONT
-                request, number = "PTRACE_LISTEN", 0
+            request = "PTRACE_DETACH" if event == 4 else "PTRACE_CONT"
+            number = 0 if event else os.WSTOPSIG(wstatus)  # a signal, which it is to have
             try:
                 call("ptrace", request, self.pid, 0, number, why="let it go on")
             except ProcessLookupError:
@@ -2479,7 +2427,7 @@ class Container:
     def kill(self, message: str) -> None:
         """Kill the container, and say which step ended it: last, as stderr may be a stopped terminal."""
         call("kill", self.pid, "SIGKILL", why="with PID 1 the kernel kills all of its namespace")
-        self.deadline = None
+        self.deadline = math.inf
         log.warning(message)
 
     def end(self) -> None:
@@ -2487,9 +2435,7 @@ class Container:
         try:
             if self.wstatus is None:
                 call("kill", self.pid, "SIGKILL", why="run() has failed: no container without it")
-                while self.wstatus is None:
-                    wstatus = call("waitpid", self.pid, "0", why="until it is gone")[1]
-                    self.wstatus = None if os.WIFSTOPPED(wstatus) else wstatus
+                self.reap("0")
         finally:
             if self.terminal:
                 self.terminal.restore()
@@ -2507,28 +2453,31 @@ def enter_user_namespace() -> None:
         write_file("/proc/self/gid_map", f"0 {gid} 1", "group 0 inside is the caller's")
         write_file("/proc/self/uid_map", f"0 {uid} 1", "user 0 inside is the caller")
     except OSError as error:
-        hint = "with sudo it works" if uid else "in a container: start that one with --privileged"
-        for row in ("kernel.apparmor_restrict_unprivileged_userns 1 0",
-                    "kernel.unprivileged_userns_clone 0 1", "user.max_user_namespaces 0 15000"):  # fmt: skip
-            setting, bad, good = row.split()
-            path = "/proc/sys/" + setting.replace(".", "/")  # not every kernel has each of them
-            if (attempt(read_file, path, "what forbids it") or "").strip() == bad:
-                hint = f"{setting} = {bad} forbids it: sudo sysctl {setting}={good}, or use sudo"
-        raise Failure(error.strerror, hint) from None
+        hint = ("kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), kernel.unprivileged_userns_clone=1 "
+                "(Debian), or use sudo; in a container: start that one with --privileged")  # fmt: skip
+        if error.errno == errno.ENOSPC:
+            hint = "user.max_user_namespaces=15000, or use sudo"
+        error.hint = f"what forbids it can be lifted by sudo sysctl {hint}"  # type: ignore[attr-defined]
+        raise
+
+
+def lock(fd: int, why: str) -> None:
+    """Lock a file until this process ends, however it ends. See flock(2)."""
+    try:
+        call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
+    except BlockingIOError:
+        raise Failure(f"{why}: in use: another container is using it") from None
 
 
 def lock_upperdir(options: Options) -> None:
-    """Make what --upperdir needs and lock it until this process ends: one container at a time."""
+    """Make what --upperdir needs and lock it: one container at a time."""
     layer, why = f"{options.upperdir}/layer", f"--upperdir {options.upperdir}"
     call("makedirs", layer, 0o700, True, why=why)  # True: it may exist, or be made by another run just now
     fd = call("open", layer, "O_RDONLY|O_DIRECTORY|O_NOFOLLOW|O_CLOEXEC", why=why)
     status = os.fstat(fd)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise Failure(f"{why}: {layer} is open to others, who could use its setuid programs: refused")
-    try:
-        call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
-    except BlockingIOError:
-        raise Failure(f"{why}: another container is using it") from None
+    lock(fd, why)
     options.layer_lock = fd
 
 
@@ -2540,17 +2489,12 @@ def write_pidfile(path: str, pid: int, undo: "list") -> None:
     directory, name = os.path.split(path)
     why = f"--pidfile {path}"
     place = f"{at(open_path(directory or '.', why, 'O_DIRECTORY|'))}/{name}"
-    flags = "O_RDWR|O_CREAT|O_NOFOLLOW|O_NONBLOCK|O_NOCTTY|O_CLOEXEC"
-    fd = call("open", place, flags, 0o644, why=why)
+    fd = call("open", place, "O_RDWR|O_CREAT|O_NOFOLLOW|O_NONBLOCK|O_NOCTTY|O_CLOEXEC", 0o644, why=why)
     status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
-        raise Failure(f"{why}: it exists, and is not a file of the caller's own: not replaced")
-    try:
-        call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
-    except BlockingIOError:
-        raise Failure(f"{why}: in use by another container") from None
-    if os.read(fd, 32).strip(b"0123456789\n"):
-        raise Failure(f"{why}: it exists, and holds something other than a pid: not replaced")
+    if (not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1
+            or os.read(fd, 32).strip(b"0123456789\n")):  # fmt: skip
+        raise Failure(f"{why}: it exists, and is not an old pidfile of the caller's own: not replaced")
+    lock(fd, why)
     undo.append(lambda: call("unlink", place, why="the --pidfile of a container that is gone"))
     os.ftruncate(fd, 0)
     call("pwrite", fd, b"%d\n" % pid, 0, why=why)
