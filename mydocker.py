@@ -1265,9 +1265,9 @@ PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs d
     efivarfs fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs
     tracefs""".split()
 INERT = "MS_NOSUID|MS_NODEV|MS_NOEXEC"  # for filesystems of which nothing is to be executed
-# Why a mount of the host's cannot be shown: covered by another, deleted, a user's FUSE, its server is dead
-COVERED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-UNSHOWABLE = (*COVERED, errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EINVAL)
+# Why a mount of the host's cannot be shown: covered by another, deleted, a user's FUSE; its server is dead
+OUT_OF_REACH = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
+UNSHOWABLE = (*OUT_OF_REACH, errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EINVAL)
 
 
 class Rootfs:
@@ -1372,7 +1372,7 @@ class Rootfs:
             try:
                 place = open_inside(point, why, "", self.top)
             except OSError as error:
-                if error.errno in (*COVERED, errno.EACCES):  # nobody inside gets there, either
+                if error.errno in OUT_OF_REACH:  # nobody inside gets there, either
                     continue
                 raise
             hide(place, why)
@@ -1400,7 +1400,7 @@ class Rootfs:
         why = f"the host's {path}"
         try:
             lower = open_inside(path, why, "", host)
-            mode = os.stat(at(lower)).st_mode
+            mode = os.fstat(lower).st_mode
             # it may be covered by another mount, even by the host's proc; a socket would be one of the host's
             if mount_id(at(lower)) != number or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
                 return
@@ -1416,8 +1416,7 @@ class Rootfs:
         except OSError as error:
             if error.errno not in UNSHOWABLE:
                 raise
-            if error.errno not in COVERED:
-                log.warning(f"the host's {path} cannot be shown inside: {os.strerror(error.errno)}")
+            log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
 
     def mount_overlay(self, lowers: "list[int]", suffix: str, target: str) -> None:
         """Mount on `target` the directories `lowers`, topmost first, with a writable layer.
@@ -1455,11 +1454,10 @@ class Rootfs:
         texts["hosts"] += "".join(line + "\n" for line in options.add_host)
         etc = self.make_below(layers, "/etc")
         for name, text in texts.items() if etc else ():
+            attempt(os.unlink, f"{etc}/{name}")  # an earlier run's, with --upperdir
             try:
-                if os.path.lexists(f"{etc}/{name}"):
-                    os.unlink(f"{etc}/{name}")  # an earlier run's, with --upperdir
                 create_file(f"{etc}/{name}", text)
-            except IsADirectoryError:  # of the user's, with --upperdir
+            except FileExistsError:  # a directory of the user's
                 pass
         places = [row[1:3] for row in self.mounts] + [(options.workdir or "/", "dir")]
         for target, kind in places if options.rootless else ():
@@ -1471,11 +1469,12 @@ class Rootfs:
 
         Return "" where something else than a directory is in the way: a link could lead out.
         """
-        above = path.rpartition("/")[0]
         place = layers[0] + path
         statuses = [attempt(os.lstat, layer + path) for layer in layers]
         below = next(filter(None, statuses), None)
-        if below and not stat.S_ISDIR(below.st_mode) or path and not self.make_below(layers, above):
+        if below and not stat.S_ISDIR(below.st_mode):
+            return ""
+        if path and not self.make_below(layers, path.rpartition("/")[0]):
             return ""
         if not statuses[0]:
             make(place, kind, "the layer's part of the container")
@@ -1491,33 +1490,35 @@ class Rootfs:
         In a user namespace the kernel wants to see those before it mounts others.
         """
         options = self.options
-        frozen = INERT if options.privileged else INERT + "|MS_RDONLY"
+        sysfs = f"sysfs {INERT}" if options.privileged else f"sysfs {INERT}|MS_RDONLY"
+        if options.rootless and options.network == "host":  # only the owner of the namespace may mount its sysfs
+            sysfs = "clone MOUNT_ATTR_RDONLY"
         tty = "" if options.rootless else ",gid=5"
         table = f"""
-            /proc proc {INERT} - the processes of the new pid namespace
-            /sys sysfs {frozen} - devices as the network namespace has them
-            /dev tmpfs MS_NOSUID|MS_STRICTATIME|{self.nodev} mode=755,size=64m no device of the host
-            /dev/pts devpts MS_NOSUID|MS_NOEXEC newinstance,ptmxmode=0666,mode=0620{tty} its own terminals
-            /dev/shm tmpfs {INERT} mode=1777,size={options.shm_size} POSIX shared memory
-            /dev/mqueue mqueue {INERT} - POSIX queues of the ipc namespace
-            /run tmpfs MS_NOSUID|MS_NODEV mode=755 in place of the host's
-            /tmp tmpfs MS_NOSUID|MS_NODEV mode=1777 in place of the host's"""
-        rows = [row.split(None, 4) for row in table.strip().split("\n")]
-        for point, fstype, flags, data, why in rows[: -2 if options.rootfs else None if self.bound else -1]:
+/proc proc {INERT} - the processes of the new pid namespace
+/sys {sysfs} - devices as the network namespace has them
+/dev tmpfs MS_NOSUID|MS_STRICTATIME|{self.nodev} mode=755,size=64m no device of the host
+/dev/pts devpts MS_NOSUID|MS_NOEXEC newinstance,ptmxmode=0666,mode=0620{tty} terminals of its own, from 0 on
+/dev/shm tmpfs {INERT} mode=1777,size={options.shm_size} POSIX shared memory
+/dev/mqueue mqueue {INERT} - POSIX queues of the ipc namespace"""
+        if not options.rootfs:
+            table += """
+/run tmpfs MS_NOSUID|MS_NODEV mode=755 in place of the host's
+/run/lock tmpfs MS_NOSUID|MS_NODEV mode=1777 where Debian's /var/lock leads to"""
+        if self.bound:
+            table += "\n/tmp tmpfs MS_NOSUID|MS_NODEV mode=1777 in place of the host's"
+        for row in table.strip().split("\n"):
+            point, fstype, flags, data, why = row.split(" ", 4)
             place = open_inside(point, f"{point} in the rootfs", "dir", self.top)
-            # only the owner of a network namespace may mount its sysfs
-            if fstype == "sysfs" and options.rootless and options.network == "host":
-                attach(clone_tree("/sys", "the host's, as is the network", "MOUNT_ATTR_RDONLY"), place, why)
+            if fstype == "clone":
+                attach(clone_tree(point, why, flags), place, why)
             else:
                 mount(fstype, at(place), fstype, flags, data.strip("-"), why)
-        if not options.rootfs:
-            open_inside("/run/lock", "where Debian's /var/lock leads to", "shared", self.top)
         for path in DEVICES:
             place = open_inside(path, "where the device goes", "file", self.top)
             attach(self.clone_device(path), place, f"the device {path}")
-        dev = at(open_inside("/dev", "the links in it", "", self.top))
         for name, text in DEVICE_LINKS.items():
-            call("symlink", text, f"{dev}/{name}", why="programs expect it")
+            call("symlink", text, f"{at(self.top)}/dev/{name}", why="programs expect it")
 
     def place_cgroups(self) -> None:
         """Open where the cgroups go: init mounts them when it has joined; volumes may be on /sys by then."""
@@ -1530,20 +1531,18 @@ class Rootfs:
             return
         # also where there is none: it hides the host's, which --network host shows without root
         mount("tmpfs", at(place), "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
-        place = open_path(top, why)
-        self.cgroup_places = [(None, place)]
         for cgroup in self.cgroups:
             names = cgroup.controllers or "unified"  # v2 beside v1
             self.cgroup_places.append((cgroup, open_inside(f"{top}/{names}", why, "dir")))
             for name in {*names.split(",")} - {names}:
                 call("symlink", names, f"{top}/{name}", why="as on the host")
-        set_attributes(place, "MOUNT_ATTR_RDONLY", "it is complete", "0")
+        set_attributes(open_path(top, why), "MOUNT_ATTR_RDONLY", "it is complete", "0")
 
     def mask(self) -> None:
         """Hide what tells of the host, freeze what would change the one kernel that all share."""
         if self.options.privileged:
             return
-        throttles = [f"{CPUS}/{name}/thermal_throttle" for name in (os.listdir(CPUS) if exists(CPUS) else ())]
+        throttles = [f"{CPUS}/{name}/thermal_throttle" for name in os.listdir(CPUS)]
         for path in filter(exists, MASKED_PATHS + throttles):
             hide(open_path(path, f"hide {path}"), f"hide {path}")
         flags = "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NOSUID|MOUNT_ATTR_NODEV|MOUNT_ATTR_NOEXEC"
@@ -1555,16 +1554,15 @@ class Rootfs:
         """Mount what --tmpfs and --volume ask for, parents first. The command's terminal is open by now."""
         for why, target, kind, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
             place = open_inside(target, why, kind)
-            status = os.fstat(place)
+            where = os.readlink(at(place))  # the kernel's word: every link resolved
             # what we read in /proc must come from the kernel; init mounts the cgroups later
-            ours = [os.stat("/"), *[os.fstat(fd) for _, fd in self.cgroup_places]]
-            if status.st_dev == os.stat("/proc").st_dev or any(os.path.samestat(status, one) for one in ours):
-                raise Failure(f"{why}: it is the root, /sys/fs/cgroup or in /proc, in the container: refused")
+            if where == "/" or is_below(where, ("/proc", "/sys/fs/cgroup")):
+                raise Failure(f"{why}: it is the root, or in /proc or /sys/fs/cgroup, in the container: refused")
             if kind != "shared":
                 attach(source, place, f"{why} at {target}")
                 continue
             if "mode=" not in data:
-                data = f"mode={stat.S_IMODE(status.st_mode):o},{data}".rstrip(",")
+                data += f",mode={stat.S_IMODE(os.fstat(place).st_mode):o}"
             mount("tmpfs", at(place), "tmpfs", f"{source}|{self.nodev}", data, why)
 
     def freeze(self) -> None:
@@ -1632,7 +1630,7 @@ def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_F
     except FileNotFoundError:
         if not create:
             raise
-    above, name = os.path.split(path)
+    above, name = os.path.split(path.rstrip("/"))
     fd = open_inside(above, why, "dir", root)
     missing = f"{at(fd)}/{name}"
     link = attempt(os.readlink, missing)  # one that leads to what is missing
