@@ -1286,10 +1286,7 @@ class Rootfs:
     def __init__(self, options: Options, cgroups: "list[Cgroup]") -> None:
         self.options, self.cgroups = options, cgroups
         self.bound = options.rootless and not options.rootfs
-        # wherever a device node could be made
-        self.nodev = "0" if options.privileged else "MS_NODEV"
-        self.nodev_attribute = "0" if options.privileged else "MOUNT_ATTR_NODEV"
-        self.top = self.memory = self.layer = -1
+        self.nodev = "0" if options.privileged else "MS_NODEV"  # wherever a device node could be made
         self.overlays: "list[int]" = []
         self.cgroup_places: "list" = []  # (cgroup, where to mount it)
         # what furnish() attaches: (why, target, what to make there, clone or flags of a tmpfs, its options)
@@ -1301,18 +1298,15 @@ class Rootfs:
         pivot_root(".", ".") takes the directory we stand in for both arguments: it becomes the root, and the
         old root is stacked on top of it, for umount2(".") to find. See pivot_root(2).
         """
-        self.clone_volumes()  # before there is anything of ours for them to contain
-        rows = [] if self.options.rootfs else sorted(read_mountinfo(), key=lambda row: row[3])
-        if not self.bound:
-            why = "memory for what is written: it goes with the container"
-            mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700", why)  # root makes its devices there
-            self.memory = open_path("/..", "what was mounted over the root", "O_DIRECTORY|")
-        for target, source in self.options.device:
-            self.mounts.append((f"--device {source}", target, "file", self.clone_device(source), ""))
+        nodev = "0" if self.options.privileged else "MOUNT_ATTR_NODEV"
+        for target, source, flags in self.options.volume:  # before anything of ours is mounted in there
+            why = f"--volume {source}:{target}"
+            clone = clone_tree(source, why, f"{nodev}|{flags or 0}")
+            self.mounts.append((why, target, "dir" if is_directory(clone) else "file", clone, ""))
         if self.bound:
-            self.mount_bound_view(rows)
+            self.mount_bound_view()
         else:
-            self.mount_overlays(rows)
+            self.mount_overlays()
         self.mount_own()
         call("fchdir", self.top, why="stand in the new root")
         call("pivot_root", ".", ".", why='the new root becomes "/"; the old one lies on it, until umount2')
@@ -1328,40 +1322,33 @@ class Rootfs:
                           "unshare --mount, bind the chroot on itself, and pivot_root into it")  # fmt: skip
         self.place_cgroups()
 
-    def clone_volumes(self) -> None:
-        """Clone what --volume wants of the host."""
-        for target, source, flags in self.options.volume:
-            why = f"--volume {source}:{target}"
-            clone = clone_tree(source, why, f"{self.nodev_attribute}|{flags or 0}")
-            self.mounts.append((why, target, "dir" if is_directory(clone) else "file", clone, ""))
-
     def clone_device(self, path: str) -> int:
         """Return a clone of a device node of the host's.
 
         As root it is a node of our own, on a tmpfs that may have them, so that chmod and chown inside do not
         reach the host's. Without root none can be made; there the host's belong to somebody else.
         """
-        status = os.stat(path)
+        status, why = os.stat(path), f"for {path} inside"
         if not status.st_rdev:
             raise Failure(f"--device {path}: it is no device")
-        if self.options.rootless:
-            return clone_tree(path, "for /dev inside")
-        node = f"{at(self.memory)}/{path.replace('/', '%')}"
-        if not os.path.lexists(node):
+        if not self.options.rootless:
             mode = status.st_mode | (0o666 if path in DEVICES else 0)
-            call("mknod", node, mode, status.st_rdev, why=f"for {path} inside: a node of its own")
-            call("chown", node, status.st_uid, status.st_gid, why="as the host's")
-        return clone_tree(node, f"for {path} inside")
+            path = f"{at(self.memory)}/{path.replace('/', '%')}"
+            if not os.path.lexists(path):
+                call("mknod", path, mode, status.st_rdev, why=why)
+                call("chown", path, status.st_uid, status.st_gid, why="as the host's")
+        return clone_tree(path, why)
 
-    def mount_bound_view(self, rows: "list") -> None:
+    def mount_bound_view(self) -> None:
         """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them.
 
         In a user namespace they hang together: what is not to be seen cannot be left out, but covered.
         """
         log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
+        rows = list(read_mountinfo())
         clone = clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV")
         attach(clone, open_path("/", "the root"), "over the old root")
-        self.top = open_path("/..", "the new root, mounted over the old", "O_DIRECTORY|")
+        self.top = open_path("/..", "the new root, mounted over the old")
         devices = {point: device for _, device, _, point, *_ in rows}
         for _, device, root, point, fstype, _ in rows:
             # of the host's /run, be it a filesystem of its own or a directory
@@ -1377,19 +1364,21 @@ class Rootfs:
                 raise
             hide(place, why)
 
-    def mount_overlays(self, rows: "list") -> None:
+    def mount_overlays(self) -> None:
         """Make the root-to-be: an overlay of the rootfs, or of each filesystem of the host, parents first."""
         options = self.options
-        # overlay wants the topmost first
-        rootfs = options.rootfs[::-1] or ["/"]
-        lowers = [open_path(path, f"--rootfs {path}", "O_DIRECTORY|") for path in rootfs]
-        self.layer = self.memory
+        rows = [] if options.rootfs else sorted(read_mountinfo(), key=lambda row: row[3])
+        lowers = [open_path(path, f"--rootfs {path}", "O_DIRECTORY|")
+                  for path in options.rootfs[::-1] or ["/"]]  # fmt: skip  # overlay wants the topmost first
+        why = "memory for what is written: it goes with the container"
+        mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700", why)
+        self.layer = self.memory = open_path("/..", "what was mounted over the root")
         if options.upperdir:
             self.layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
             if not os.path.samestat(os.fstat(self.layer), os.fstat(options.layer_lock)):
                 raise Failure(f"--upperdir {options.upperdir}: its layer was exchanged meanwhile: refused")
         self.mount_overlay(lowers, "", "/")
-        self.top = open_path("/..", "the new root, mounted over the old", "O_DIRECTORY|")
+        self.top = open_path("/..", "the new root, mounted over the old")
         self.overlays = [self.top]
         for number, _, _, point, fstype, _ in rows:
             if point != "/" and fstype not in PSEUDO_FILESYSTEMS and not is_below(point, PRIVATE_PATHS):
@@ -1400,72 +1389,66 @@ class Rootfs:
         why = f"the host's {path}"
         try:
             lower = open_inside(path, why, "", host)
-            mode = os.fstat(lower).st_mode
             # it may be covered by another mount, even by the host's proc; a socket would be one of the host's
-            if mount_id(at(lower)) != number or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            is_file = stat.S_ISREG(os.fstat(lower).st_mode)
+            if mount_id(at(lower)) != number or not (is_file or is_directory(lower)):
                 return
             target = open_inside(path, why, "", self.top)
             try:
-                self.mount_overlay([lower], path.replace("%", "%25").replace("/", "%2F"), at(target))
+                self.mount_overlay([lower], path, at(target))
                 self.overlays.append(open_inside(path, why, "", self.top))
             except OSError as error:  # a file, or of a filesystem that overlay does not take, such as FAT
-                if error.errno not in (errno.EINVAL, errno.ENOTDIR, errno.ENAMETOOLONG):  # the suffix
+                if error.errno not in (errno.EINVAL, errno.ENOTDIR, errno.ENAMETOOLONG):  # of its layer
                     raise
-                flags = f"MOUNT_ATTR_RDONLY|{self.nodev_attribute}"
-                attach(clone_tree(at(lower), why, flags, "0"), target, why)
+                attach(clone_tree(at(lower), why, "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV", "0"), target, why)
         except OSError as error:
             if error.errno not in UNSHOWABLE:
                 raise
             log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
 
-    def mount_overlay(self, lowers: "list[int]", suffix: str, target: str) -> None:
-        """Mount on `target` the directories `lowers`, topmost first, with a writable layer.
+    def mount_overlay(self, lowers: "list[int]", path: str, target: str) -> None:
+        """Mount on `target` the directories `lowers`, topmost first, with a writable layer for `path`.
 
         `lowers` are never changed; what is written goes to upperdir; workdir, beside that, is where overlay
-        prepares a file before it moves it there. All are named through descriptors, so no name can bring in
-        an option of its own. See overlayfs.rst of the kernel.
+        prepares a file before it moves it there. None is named so that it could bring in an option of its
+        own. See overlayfs.rst of the kernel.
         """
-        layers = [f"{at(self.layer)}/upper{suffix}", *[f"{at(fd)}/." for fd in lowers]]
-        places = [open_path(path, "for the overlay", "O_DIRECTORY|O_NOFOLLOW|")
-                  for path in (self.make_below(layers, ""),
-                               self.make_below([f"{at(self.layer)}/work{suffix}"], ""))]  # fmt: skip
-        if not suffix:
+        name = path.replace("%", "%25").replace("/", "%2F").replace(",", "%2C").replace("\\", "%5C")
+        layers = [f"{at(self.layer)}/upper{name}", *[f"{at(fd)}/." for fd in lowers]]
+        upper, work = self.make_below(layers, ""), self.make_below([f"{at(self.layer)}/work{name}"], "")
+        if not path:
             self.fill_layer(layers)
-        upper, work = map(at, places)
         data = f"xino=on,lowerdir={':'.join(map(at, lowers))},upperdir={upper},workdir={work}"
         if self.options.rootless:
             data += ",userxattr"  # overlay marks files by xattrs; trusted.* needs root outside
         mount("overlay", target, "overlay", self.nodev, data, "a writable layer over what is never changed")
-        for fd in places:
-            os.close(fd)
 
     def fill_layer(self, layers: "list[str]") -> None:
         """Put into the layer, before it is one, /etc/hosts, hostname and resolv.conf of the container's own.
 
         There they replace what the image has, even a link that leads nowhere; where that cannot be, it stays.
-        Without root, make also what mounts are to go on, and the workdir: afterwards nothing could be made in
-        a directory of the rootfs whose owner does not exist here.
         """
         options = self.options
-        texts = {"hostname": options.hostname + "\n", "resolv.conf": "",
-                 "hosts": f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost\n"}  # fmt: skip
-        for name in texts if options.network == "host" else ():
-            texts[name] = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
-        texts["hosts"] += "".join(line + "\n" for line in options.add_host)
         etc = self.make_below(layers, "/etc")
+        hosts = f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost\n"
+        texts = {"hostname": options.hostname + "\n", "resolv.conf": "", "hosts": hosts}
         for name, text in texts.items() if etc else ():
+            if options.network == "host":
+                text = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
+            if name == "hosts":
+                text += "".join(line + "\n" for line in options.add_host)
             attempt(os.unlink, f"{etc}/{name}")  # an earlier run's, with --upperdir
             try:
                 create_file(f"{etc}/{name}", text)
             except FileExistsError:  # a directory of the user's
                 pass
-        places = [row[1:3] for row in self.mounts] + [(options.workdir or "/", "dir")]
-        for target, kind in places if options.rootless else ():
-            if not any(os.path.lexists(layer + target) for layer in layers):
-                self.make_below(layers, target, kind)  # not beyond a link: open_inside() will follow it
+        # without root: in a directory whose owner does not exist here, overlay lets nobody make anything
+        targets = [row[0] for row in options.volume + options.device + options.tmpfs]
+        for target in [*targets, options.workdir or "/"] if options.rootless else ():
+            self.make_below(layers, os.path.dirname(target))
 
-    def make_below(self, layers: "list[str]", path: str, kind: str = "dir") -> str:
-        """Make `path` in the layer, the first of `layers`, like the next that has it; return where.
+    def make_below(self, layers: "list[str]", path: str) -> str:
+        """Make a directory in the layer, the first of `layers`, like the next that has it; return where.
 
         Return "" where something else than a directory is in the way: a link could lead out.
         """
@@ -1477,7 +1460,7 @@ class Rootfs:
         if path and not self.make_below(layers, path.rpartition("/")[0]):
             return ""
         if not statuses[0]:
-            make(place, kind, "the layer's part of the container")
+            call("mkdir", place, 0o755, why="a directory of the layer")
             if below:  # the merged directory has the owner and the mode of the topmost
                 if not self.options.rootless:
                     call("chown", place, below.st_uid, below.st_gid, why="as the one below")
@@ -1490,10 +1473,10 @@ class Rootfs:
         In a user namespace the kernel wants to see those before it mounts others.
         """
         options = self.options
-        sysfs = f"sysfs {INERT}" if options.privileged else f"sysfs {INERT}|MS_RDONLY"
-        if options.rootless and options.network == "host":  # only the owner of the namespace may mount its sysfs
-            sysfs = "clone MOUNT_ATTR_RDONLY"
         tty = "" if options.rootless else ",gid=5"
+        sysfs = f"sysfs {INERT}" if options.privileged else f"sysfs {INERT}|MS_RDONLY"
+        if options.rootless and options.network == "host":
+            sysfs = "clone MOUNT_ATTR_RDONLY"  # only the owner of a network namespace may mount its sysfs
         table = f"""
 /proc proc {INERT} - the processes of the new pid namespace
 /sys {sysfs} - devices as the network namespace has them
@@ -1515,8 +1498,10 @@ class Rootfs:
             else:
                 mount(fstype, at(place), fstype, flags, data.strip("-"), why)
         for path in DEVICES:
-            place = open_inside(path, "where the device goes", "file", self.top)
+            place = open_inside(path, "a device", "file", self.top)
             attach(self.clone_device(path), place, f"the device {path}")
+        for target, source in options.device:
+            self.mounts.append((f"--device {source}", target, "file", self.clone_device(source), ""))
         for name, text in DEVICE_LINKS.items():
             call("symlink", text, f"{at(self.top)}/dev/{name}", why="programs expect it")
 
@@ -1525,12 +1510,11 @@ class Rootfs:
         top, why = "/sys/fs/cgroup", "where the cgroups go"
         if not exists(top):
             return
-        place = open_path(top, why)
         if [cgroup.version for cgroup in self.cgroups] == [2]:
-            self.cgroup_places = [(self.cgroups[0], place)]
+            self.cgroup_places = [(self.cgroups[0], open_path(top, why))]
             return
         # also where there is none: it hides the host's, which --network host shows without root
-        mount("tmpfs", at(place), "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
+        mount("tmpfs", top, "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
         for cgroup in self.cgroups:
             names = cgroup.controllers or "unified"  # v2 beside v1
             self.cgroup_places.append((cgroup, open_inside(f"{top}/{names}", why, "dir")))
@@ -1544,7 +1528,8 @@ class Rootfs:
             return
         throttles = [f"{CPUS}/{name}/thermal_throttle" for name in os.listdir(CPUS)]
         for path in filter(exists, MASKED_PATHS + throttles):
-            hide(open_path(path, f"hide {path}"), f"hide {path}")
+            why = f"hide {path}"
+            hide(open_path(path, why), why)
         flags = "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NOSUID|MOUNT_ATTR_NODEV|MOUNT_ATTR_NOEXEC"
         for path in filter(exists, READ_ONLY_PATHS):
             why = f"make {path} read-only"
@@ -1557,9 +1542,9 @@ class Rootfs:
             where = os.readlink(at(place))  # the kernel's word: every link resolved
             # what we read in /proc must come from the kernel; init mounts the cgroups later
             if where == "/" or is_below(where, ("/proc", "/sys/fs/cgroup")):
-                raise Failure(f"{why}: it is the root, or in /proc or /sys/fs/cgroup, in the container: refused")
+                raise Failure(f"{why}: in the container that is {where}, which is no place for it: refused")
             if kind != "shared":
-                attach(source, place, f"{why} at {target}")
+                attach(source, place, why)
                 continue
             if "mode=" not in data:
                 data += f",mode={stat.S_IMODE(os.fstat(place).st_mode):o}"
@@ -1596,8 +1581,8 @@ def set_attributes(fd: int, flags: str, why: str, recursive: str) -> None:
     """Add flags to the mount behind `fd`, and to all below it. See mount_setattr(2)."""
     # struct mount_attr: set, clear, propagation, userns
     attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)
-    why = f"{why} ({flags})"
-    call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes), why=why)
+    call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes),
+         why=f"{why} ({flags})")  # fmt: skip
 
 
 def attach(clone: int, place: int, why: str) -> None:
@@ -1618,15 +1603,17 @@ def hide(place: int, why: str) -> None:
 def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_FDCWD") -> int:
     """Return an O_PATH descriptor for `path`, every symlink resolved inside the root, or refused.
 
-    `create` says what to make() if it is missing. The root is where we stand, "/"; there a magic link of
-    /proc (/proc/self/root, an open descriptor) is refused: neither image nor volume can lead a mount
-    elsewhere. Before that it is `root`, for paths that have no symlink to follow. See openat2(2).
+    `create` is what to make if it is missing: a "file", a "dir", or one "shared" by all users, as /tmp is.
+    The root is where we stand, "/"; there a magic link of /proc (/proc/self/root, an open descriptor) is
+    refused: neither image nor volume can lead a mount elsewhere. Before that it is `root`, for paths that
+    have no symlink to follow. See openat2(2).
     """
     refused = "RESOLVE_NO_MAGICLINKS" if root == "AT_FDCWD" else "RESOLVE_NO_SYMLINKS"
     # struct open_how: flags, mode, resolve
     how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, value_of(f"RESOLVE_IN_ROOT|{refused}"))
+    place = f"{why}: {path} in the container"
     try:
-        return int(call("openat2", root, path, how, len(how), why=f"{why}: {path} in the container"))
+        return int(call("openat2", root, path, how, len(how), why=place))
     except FileNotFoundError:
         if not create:
             raise
@@ -1634,18 +1621,12 @@ def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_F
     fd = open_inside(above, why, "dir", root)
     missing = f"{at(fd)}/{name}"
     link = attempt(os.readlink, missing)  # one that leads to what is missing
-    if link is None:
-        make(missing, create, f"{why}: {path} is missing in the container")
+    if link is None and create == "file":
+        create_file(missing, "", place)
+    elif link is None:
+        call("mkdir", missing, 0o1777 if create == "shared" else 0o755, why=place)
     os.close(fd)
     return open_inside(os.path.join(above, link or name), why, create, root)
-
-
-def make(path: str, kind: str, why: str) -> None:
-    """Make a "file", a "dir", or one that is "shared" by all users as /tmp is."""
-    if kind == "file":
-        create_file(path, "", why)
-    else:
-        call("mkdir", path, 0o1777 if kind == "shared" else 0o755, why=why)
 
 
 def create_file(path: str, text: str, why: str = "a file of the container's own") -> None:
