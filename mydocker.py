@@ -1245,13 +1245,8 @@ def show_size(size: float) -> str:
 # ---- Root filesystem, what it has: Rootfs. In init, in a mount namespace of its own --------------
 
 DEVICES = "/dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty".split()
-DEVICE_LINKS = {
-    "fd": "/proc/self/fd",
-    "stdin": "/proc/self/fd/0",
-    "stdout": "/proc/self/fd/1",
-    "stderr": "/proc/self/fd/2",
-    "ptmx": "pts/ptmx",
-}
+DEVICE_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1",
+                "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}  # fmt: skip
 # What Docker hides or freezes of /proc and /sys: of these the kernel has one for all containers
 MASKED_PATHS = """/proc/acpi /proc/asound /proc/interrupts /proc/kcore /proc/keys /proc/latency_stats
     /proc/sched_debug /proc/scsi /proc/timer_list /proc/timer_stats /sys/firmware
@@ -1265,9 +1260,9 @@ PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs d
     efivarfs fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs
     tracefs""".split()
 INERT = "MS_NOSUID|MS_NODEV|MS_NOEXEC"  # for filesystems of which nothing is to be executed
-# Why a mount of the host's cannot be shown: covered by another, deleted, a user's FUSE; its server is dead
-OUT_OF_REACH = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
-UNSHOWABLE = (*OUT_OF_REACH, errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EINVAL)
+# Why a mount of the host's cannot be shown: covered by another, deleted, a user's FUSE, its server is dead
+COVERED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+UNSHOWABLE = (*COVERED, errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EINVAL)
 
 
 class Rootfs:
@@ -1346,36 +1341,35 @@ class Rootfs:
         """
         log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
         rows = list(read_mountinfo())
-        clone = clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV")
-        attach(clone, open_path("/", "the root"), "over the old root")
+        attach(clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV"),
+               open_path("/", "the root"), "over the old root")  # fmt: skip
         self.top = open_path("/..", "the new root, mounted over the old")
-        devices = {point: device for _, device, _, point, *_ in rows}
+        devices = {row[3]: row[1] for row in rows}
         for _, device, root, point, fstype, _ in rows:
             # of the host's /run, be it a filesystem of its own or a directory
             is_run = device == devices.get("/run") or device == devices["/"] and is_below(root, ("/run",))
-            if is_below(point, (*PRIVATE_PATHS, "/tmp")) or fstype not in PSEUDO_FILESYSTEMS and not is_run:
-                continue
-            why = f"cover the host's {point}"  # another proc, a bind of something in /run
-            try:
-                place = open_inside(point, why, "", self.top)
-            except OSError as error:
-                if error.errno in OUT_OF_REACH:  # nobody inside gets there, either
-                    continue
-                raise
-            hide(place, why)
+            if (is_run or fstype in PSEUDO_FILESYSTEMS) and not is_below(point, (*PRIVATE_PATHS, "/tmp")):
+                why = f"cover the host's {point}"  # another proc, a bind of something in /run
+                try:
+                    place = open_inside(point, why, "", self.top)
+                except OSError as error:
+                    if error.errno not in (*COVERED, errno.EACCES):  # nobody inside gets there, either
+                        raise
+                else:
+                    hide(place, why)
 
     def mount_overlays(self) -> None:
-        """Make the root-to-be: an overlay of the rootfs, or of each filesystem of the host, parents first."""
+        """Make the root-to-be of an overlay of the rootfs, or of one for each filesystem of the host."""
         options = self.options
-        rows = [] if options.rootfs else sorted(read_mountinfo(), key=lambda row: row[3])
-        lowers = [open_path(path, f"--rootfs {path}", "O_DIRECTORY|")
-                  for path in options.rootfs[::-1] or ["/"]]  # fmt: skip  # overlay wants the topmost first
-        why = "memory for what is written: it goes with the container"
-        mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700", why)
+        rows = [] if options.rootfs else sorted(read_mountinfo(), key=lambda row: row[3])  # parents first
+        # overlay wants the topmost first
+        lowers = [open_path(path, f"--rootfs {path}") for path in options.rootfs[::-1] or ["/"]]
+        mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700",
+              "memory for what is written: it goes with the container")  # fmt: skip
         self.layer = self.memory = open_path("/..", "what was mounted over the root")
         if options.upperdir:
             self.layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
-            if not os.path.samestat(os.fstat(self.layer), os.fstat(options.layer_lock)):
+            if not os.path.sameopenfile(self.layer, options.layer_lock):
                 raise Failure(f"--upperdir {options.upperdir}: its layer was exchanged meanwhile: refused")
         self.mount_overlay(lowers, "", "/")
         self.top = open_path("/..", "the new root, mounted over the old")
@@ -1404,7 +1398,8 @@ class Rootfs:
         except OSError as error:
             if error.errno not in UNSHOWABLE:
                 raise
-            log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
+            if error.errno not in COVERED:  # nobody on the host sees it, either
+                log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
 
     def mount_overlay(self, lowers: "list[int]", path: str, target: str) -> None:
         """Mount on `target` the directories `lowers`, topmost first, with a writable layer for `path`.
@@ -1430,27 +1425,27 @@ class Rootfs:
         """
         options = self.options
         etc = self.make_below(layers, "/etc")
-        hosts = f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost\n"
-        texts = {"hostname": options.hostname + "\n", "resolv.conf": "", "hosts": hosts}
+        texts = {"hostname": options.hostname + "\n", "resolv.conf": "",
+                 "hosts": f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost\n"}  # fmt: skip
         for name, text in texts.items() if etc else ():
             if options.network == "host":
                 text = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
             if name == "hosts":
-                text += "".join(line + "\n" for line in options.add_host)
+                text += "\n".join([*options.add_host, ""])
             attempt(os.unlink, f"{etc}/{name}")  # an earlier run's, with --upperdir
             try:
                 create_file(f"{etc}/{name}", text)
             except FileExistsError:  # a directory of the user's
                 pass
-        # without root: in a directory whose owner does not exist here, overlay lets nobody make anything
-        targets = [row[0] for row in options.volume + options.device + options.tmpfs]
-        for target in [*targets, options.workdir or "/"] if options.rootless else ():
+        # in a directory whose owner does not exist in our user namespace, overlay lets nobody make anything
+        rows = [*options.volume, *options.device, *options.tmpfs, (options.workdir or "/",)]
+        for target, *_ in rows if options.rootless else ():
             self.make_below(layers, os.path.dirname(target))
 
     def make_below(self, layers: "list[str]", path: str) -> str:
         """Make a directory in the layer, the first of `layers`, like the next that has it; return where.
 
-        Return "" where something else than a directory is in the way: a link could lead out.
+        Return "" where something else than a directory is in the way: through a link it could be made elsewhere.
         """
         place = layers[0] + path
         statuses = [attempt(os.lstat, layer + path) for layer in layers]
@@ -1464,7 +1459,7 @@ class Rootfs:
             if below:  # the merged directory has the owner and the mode of the topmost
                 if not self.options.rootless:
                     call("chown", place, below.st_uid, below.st_gid, why="as the one below")
-                call("chmod", place, stat.S_IMODE(below.st_mode), why="as the one below")
+                call("chmod", place, below.st_mode, why="as the one below")
         return place
 
     def mount_own(self) -> None:
@@ -1474,12 +1469,10 @@ class Rootfs:
         """
         options = self.options
         tty = "" if options.rootless else ",gid=5"
-        sysfs = f"sysfs {INERT}" if options.privileged else f"sysfs {INERT}|MS_RDONLY"
-        if options.rootless and options.network == "host":
-            sysfs = "clone MOUNT_ATTR_RDONLY"  # only the owner of a network namespace may mount its sysfs
-        table = f"""
+        frozen = "0" if options.privileged else "MS_RDONLY"
+        table = f"""\
 /proc proc {INERT} - the processes of the new pid namespace
-/sys {sysfs} - devices as the network namespace has them
+/sys sysfs {INERT}|{frozen} - devices as the network namespace has them
 /dev tmpfs MS_NOSUID|MS_STRICTATIME|{self.nodev} mode=755,size=64m no device of the host
 /dev/pts devpts MS_NOSUID|MS_NOEXEC newinstance,ptmxmode=0666,mode=0620{tty} terminals of its own, from 0 on
 /dev/shm tmpfs {INERT} mode=1777,size={options.shm_size} POSIX shared memory
@@ -1490,16 +1483,17 @@ class Rootfs:
 /run/lock tmpfs MS_NOSUID|MS_NODEV mode=1777 where Debian's /var/lock leads to"""
         if self.bound:
             table += "\n/tmp tmpfs MS_NOSUID|MS_NODEV mode=1777 in place of the host's"
-        for row in table.strip().split("\n"):
+        for row in table.split("\n"):
             point, fstype, flags, data, why = row.split(" ", 4)
             place = open_inside(point, f"{point} in the rootfs", "dir", self.top)
-            if fstype == "clone":
-                attach(clone_tree(point, why, flags), place, why)
+            # only the owner of a network namespace may mount its sysfs
+            if fstype == "sysfs" and options.rootless and options.network == "host":
+                attach(clone_tree(point, why, "MOUNT_ATTR_RDONLY"), place, why)
             else:
                 mount(fstype, at(place), fstype, flags, data.strip("-"), why)
         for path in DEVICES:
-            place = open_inside(path, "a device", "file", self.top)
-            attach(self.clone_device(path), place, f"the device {path}")
+            place = open_inside(path, "a device that all have", "file", self.top)
+            attach(self.clone_device(path), place, "a device that all have")
         for target, source in options.device:
             self.mounts.append((f"--device {source}", target, "file", self.clone_device(source), ""))
         for name, text in DEVICE_LINKS.items():
@@ -1527,13 +1521,13 @@ class Rootfs:
         if self.options.privileged:
             return
         throttles = [f"{CPUS}/{name}/thermal_throttle" for name in os.listdir(CPUS)]
-        for path in filter(exists, MASKED_PATHS + throttles):
-            why = f"hide {path}"
-            hide(open_path(path, why), why)
         flags = "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NOSUID|MOUNT_ATTR_NODEV|MOUNT_ATTR_NOEXEC"
-        for path in filter(exists, READ_ONLY_PATHS):
-            why = f"make {path} read-only"
-            attach(clone_tree(path, why, flags), open_path(path, why), why)
+        for path in filter(exists, MASKED_PATHS + READ_ONLY_PATHS + throttles):
+            why = f"hide or freeze {path}"
+            if path in READ_ONLY_PATHS:
+                attach(clone_tree(path, why, flags), open_path(path, why), why)
+            else:
+                hide(open_path(path, why), why)
 
     def furnish(self) -> None:
         """Mount what --tmpfs and --volume ask for, parents first. The command's terminal is open by now."""
@@ -1547,7 +1541,7 @@ class Rootfs:
                 attach(source, place, why)
                 continue
             if "mode=" not in data:
-                data += f",mode={stat.S_IMODE(os.fstat(place).st_mode):o}"
+                data += f",mode={os.fstat(place).st_mode:o}"
             mount("tmpfs", at(place), "tmpfs", f"{source}|{self.nodev}", data, why)
 
     def freeze(self) -> None:
@@ -1563,7 +1557,7 @@ def is_directory(fd: int) -> bool:
 
 def open_path(path: str, why: str, flags: str = "") -> int:
     """Return an O_PATH descriptor: it names the place from now on, whatever becomes of the name."""
-    return int(call("open", path, flags + "O_PATH|O_CLOEXEC", why=why))
+    return call("open", path, flags + "O_PATH|O_CLOEXEC", why=why)
 
 
 def clone_tree(path: str, why: str, flags: str = "", recursive: str = "AT_RECURSIVE") -> int:
@@ -1574,7 +1568,7 @@ def clone_tree(path: str, why: str, flags: str = "", recursive: str = "AT_RECURS
     fd = call("open_tree", "AT_FDCWD", path, f"OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC|{recursive}", why=why)
     if flags:
         set_attributes(fd, flags, why, recursive)
-    return int(fd)
+    return fd
 
 
 def set_attributes(fd: int, flags: str, why: str, recursive: str) -> None:
@@ -1613,7 +1607,7 @@ def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_F
     how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, value_of(f"RESOLVE_IN_ROOT|{refused}"))
     place = f"{why}: {path} in the container"
     try:
-        return int(call("openat2", root, path, how, len(how), why=place))
+        return call("openat2", root, path, how, len(how), why=place)
     except FileNotFoundError:
         if not create:
             raise
