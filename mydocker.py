@@ -1323,16 +1323,16 @@ class Rootfs:
         As root it is a node of our own, on a tmpfs that may have them, so that chmod and chown inside do not
         reach the host's. Without root none can be made; there the host's belong to somebody else.
         """
-        status, why = os.stat(path), f"for {path} inside"
+        status = os.stat(path)
         if not status.st_rdev:
             raise Failure(f"--device {path}: it is no device")
         if not self.options.rootless:
             mode = status.st_mode | (0o666 if path in DEVICES else 0)
             path = f"{at(self.memory)}/{path.replace('/', '%')}"
             if not os.path.lexists(path):
-                call("mknod", path, mode, status.st_rdev, why=why)
+                call("mknod", path, mode, status.st_rdev, why="a device node of the container's own")
                 call("chown", path, status.st_uid, status.st_gid, why="as the host's")
-        return clone_tree(path, why)
+        return clone_tree(path, "a device for the container")
 
     def mount_bound_view(self) -> None:
         """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them.
@@ -1361,9 +1361,9 @@ class Rootfs:
     def mount_overlays(self) -> None:
         """Make the root-to-be of an overlay of the rootfs, or of one for each filesystem of the host."""
         options = self.options
-        rows = [] if options.rootfs else sorted(read_mountinfo(), key=lambda row: row[3])  # parents first
+        rows = [] if options.rootfs else list(read_mountinfo())  # a namespace just copied lists parents first
         # overlay wants the topmost first
-        lowers = [open_path(path, f"--rootfs {path}") for path in options.rootfs[::-1] or ["/"]]
+        lowers = [open_path(path, "--rootfs") for path in options.rootfs[::-1] or ["/"]]
         mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700",
               "memory for what is written: it goes with the container")  # fmt: skip
         self.layer = self.memory = open_path("/..", "what was mounted over the root")
@@ -1419,7 +1419,7 @@ class Rootfs:
         mount("overlay", target, "overlay", self.nodev, data, "a writable layer over what is never changed")
 
     def fill_layer(self, layers: "list[str]") -> None:
-        """Put into the layer, before it is one, /etc/hosts, hostname and resolv.conf of the container's own.
+        """Put /etc/hosts, hostname and resolv.conf of the container's own into the layer, before it is one.
 
         There they replace what the image has, even a link that leads nowhere; where that cannot be, it stays.
         """
@@ -1445,7 +1445,7 @@ class Rootfs:
     def make_below(self, layers: "list[str]", path: str) -> str:
         """Make a directory in the layer, the first of `layers`, like the next that has it; return where.
 
-        Return "" where something else than a directory is in the way: through a link it could be made elsewhere.
+        Return "" where something else is in the way: a link could lead out.
         """
         place = layers[0] + path
         statuses = [attempt(os.lstat, layer + path) for layer in layers]
@@ -1485,7 +1485,7 @@ class Rootfs:
             table += "\n/tmp tmpfs MS_NOSUID|MS_NODEV mode=1777 in place of the host's"
         for row in table.split("\n"):
             point, fstype, flags, data, why = row.split(" ", 4)
-            place = open_inside(point, f"{point} in the rootfs", "dir", self.top)
+            place = open_inside(point, "its place in the rootfs", "dir", self.top)
             # only the owner of a network namespace may mount its sysfs
             if fstype == "sysfs" and options.rootless and options.network == "host":
                 attach(clone_tree(point, why, "MOUNT_ATTR_RDONLY"), place, why)
@@ -1561,10 +1561,7 @@ def open_path(path: str, why: str, flags: str = "") -> int:
 
 
 def clone_tree(path: str, why: str, flags: str = "", recursive: str = "AT_RECURSIVE") -> int:
-    """Return a copy of the mount that `path` is in, from `path` on with all below; attached nowhere yet.
-
-    See open_tree(2).
-    """
+    """Return a copy of the mount at `path`, with all below; attached nowhere yet. See open_tree(2)."""
     fd = call("open_tree", "AT_FDCWD", path, f"OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC|{recursive}", why=why)
     if flags:
         set_attributes(fd, flags, why, recursive)
