@@ -1363,7 +1363,7 @@ class Rootfs:
         options = self.options
         rows = [] if options.rootfs else list(read_mountinfo())  # a namespace just copied lists parents first
         # overlay wants the topmost first
-        lowers = [open_path(path, "--rootfs") for path in options.rootfs[::-1] or ["/"]]
+        lowers = [open_path(path, "a layer of --rootfs") for path in options.rootfs[::-1] or ["/"]]
         mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700",
               "memory for what is written: it goes with the container")  # fmt: skip
         self.layer = self.memory = open_path("/..", "what was mounted over the root")
