@@ -1235,13 +1235,8 @@ def show_size(size: float) -> str:
 # ---- Root filesystem, what it has: Rootfs. In init, in a mount namespace of its own --------------
 
 DEVICES = "/dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty".split()
-DEVICE_LINKS = {
-    "fd": "/proc/self/fd",
-    "stdin": "/proc/self/fd/0",
-    "stdout": "/proc/self/fd/1",
-    "stderr": "/proc/self/fd/2",
-    "ptmx": "pts/ptmx",
-}
+DEVICE_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1",
+                "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}  # fmt: skip
 # What Docker hides or freezes of /proc and /sys: of these the kernel has one for all containers
 MASKED_PATHS = """/proc/acpi /proc/asound /proc/interrupts /proc/kcore /proc/keys /proc/latency_stats
     /proc/sched_debug /proc/scsi /proc/timer_list /proc/timer_stats /sys/firmware
@@ -1255,6 +1250,9 @@ PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs d
     efivarfs fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs
     tracefs""".split()
 INERT = "MS_NOSUID|MS_NODEV|MS_NOEXEC"  # for filesystems of which nothing is to be executed
+# Why a mount of the host's cannot be shown: covered by another, deleted, a user's FUSE, its server is dead
+COVERED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+UNSHOWABLE = (*COVERED, errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EINVAL)
 
 
 class Rootfs:
@@ -1264,84 +1262,50 @@ class Rootfs:
     none, as root        each filesystem of the host under such an overlay; /run is its own
     none, without root   the host's mounts, read-only, no layer; /run and /tmp are its own
 
-    What is wanted of the host is cloned first. A clone is a mount that is attached nowhere yet; it gets its
-    flags while nobody can see it, and is attached to a descriptor, not to a name: there is no moment and no
-    rename in which it could be without them, or somewhere else.
+    The new root is mounted over "/", which every host has. That covers nothing from us: a path still begins
+    below it; "/.." is the one that climbs on top. What is wanted of the host is cloned. A clone is a mount
+    that is attached nowhere yet; it gets its flags while nobody can see it, and is attached to a descriptor,
+    not to a name: there is no moment and no rename in which it could be without them, or somewhere else.
     """
 
     def __init__(self, options: Options, cgroups: "list[Cgroup]") -> None:
         self.options, self.cgroups = options, cgroups
         self.bound = options.rootless and not options.rootfs
-        # wherever a device node could be made
-        self.nodev = "0" if options.privileged else "MS_NODEV"
-        self.nodev_attribute = "" if options.privileged else "MOUNT_ATTR_NODEV"
-        self.top = self.layer = self.host_sys = -1
+        self.nodev = "0" if options.privileged else "MS_NODEV"  # wherever a device node could be made
         self.overlays: "list[int]" = []
         self.cgroup_places: "list" = []  # (cgroup, where to mount it)
-        # what furnish() attaches: (why, target, clone or flags of a tmpfs, options of a tmpfs)
-        self.mounts: "list" = [(f"--tmpfs {row[0]}", *row) for row in options.tmpfs]
+        # what furnish() attaches: (why, target, what to make there, clone or flags of a tmpfs, its options)
+        self.mounts: "list" = [(f"--tmpfs {row[0]}", row[0], "shared", *row[1:]) for row in options.tmpfs]
 
     def enter(self) -> None:
-        """Assemble the root, make it "/", let go of the host's, fill in /dev.
+        """Assemble the root, make it "/", let go of the host's.
 
-        The new root is mounted over "/", which every host has. That covers nothing from us: a path still
-        begins below it; "/.." is the one that climbs on top. pivot_root(".", ".") takes the directory we
-        stand in for both arguments: it becomes the root, and the old root is stacked on top of it, for
-        umount2(".") to find. See pivot_root(2).
+        pivot_root(".", ".") takes the directory we stand in for both arguments: it becomes the root, and the
+        old root is stacked on top of it, for umount2(".") to find. See pivot_root(2).
         """
-        refuse_chroot()
-        options = self.options
-        devices = self.clone_wanted()
+        nodev = "0" if self.options.privileged else "MOUNT_ATTR_NODEV"
+        for target, source, flags in self.options.volume:  # before anything of ours is mounted in there
+            why = f"--volume {source}:{target}"
+            clone = clone_tree(source, why, f"{nodev}|{flags or 0}")
+            self.mounts.append((why, target, "dir" if is_directory(clone) else "file", clone, ""))
         if self.bound:
             self.mount_bound_view()
         else:
             self.mount_overlays()
-        self.mount_proc_and_sys()
+        self.mount_own()
         call("fchdir", self.top, why="stand in the new root")
         call("pivot_root", ".", ".", why='the new root becomes "/"; the old one lies on it, until umount2')
         if not self.bound:
             call("umount2", ".", "MNT_DETACH", why="let go of the layer's tmpfs, which lies on the old root")
         call("umount2", ".", "MNT_DETACH", why="let go of the old root: no path leads to it any more")
-        call("chdir", "/", why="in the new root")
-        self.mount_dev(devices)
-        for path, mode in (("/run", "755"), ("/tmp", "1777")) if not options.rootfs else ():
-            if path == "/run" or self.bound:
-                place = open_inside(path, "in place of the host's", "dir", how="RESOLVE_NO_SYMLINKS")
-                flags = "MS_NOSUID|MS_NODEV"
-                mount("tmpfs", at(place), "tmpfs", flags, f"mode={mode}", "in place of the host's")
-        if not options.rootfs:
-            call("mkdir", "/run/lock", 0o1777, why="where Debian's /var/lock leads to")
+        # ".." ends at a process's root, unless it stands outside of that. See chroot(2)
+        call("chroot", "/proc", why="a root below us ...")
+        call("chdir", "..", why="... does not keep us from climbing above the one that we had, ...")
+        call("chroot", ".", why="... which is where we still are, unless that was in a chroot")
+        if attempt(os.readlink, "/proc/self") != "1":
+            raise Failure("this is a chroot, whose inside could be left for the true root above: refused",
+                          "unshare --mount, bind the chroot on itself, and pivot_root into it")  # fmt: skip
         self.place_cgroups()
-
-    def clone_wanted(self) -> "list[int]":
-        """Clone what is wanted of the host, before anything is covered; return the devices that all have."""
-        options = self.options
-        for target, source, flags in options.volume:
-            flags = "|".join(filter(None, (flags, self.nodev_attribute)))
-            clone = clone_tree(source, f"--volume {source}", flags)
-            self.mounts.append((f"--volume {source}:{target}", target, clone, ""))
-        # only the owner of a network namespace may mount its sysfs
-        if options.rootless and options.network == "host":
-            self.host_sys = clone_tree("/sys", "the host's, as is the network", "MOUNT_ATTR_RDONLY")
-        if not self.bound:
-            flags = "MS_NOSUID|MS_NODEV" if options.rootless else "MS_NOSUID"  # root makes the devices there
-            why = "memory for what is written: it goes with the container"
-            mount("tmpfs", "/", "tmpfs", flags, "mode=700", why)
-            self.layer = open_path("/..", "what was mounted over the root", "O_DIRECTORY|")
-        for target, source in options.device:
-            self.mounts.append((f"--device {source}", target, self.clone_device(source), ""))
-        return [self.clone_device(path) for path in DEVICES]
-
-    def mount_proc_and_sys(self) -> None:
-        """Mount both, while the host's are there: in a user namespace the kernel wants to see those."""
-        place = open_inside("/proc", "/proc in the rootfs", "dir", self.top, "RESOLVE_NO_SYMLINKS")
-        mount("proc", at(place), "proc", INERT, None, "the processes of the new pid namespace")
-        place = open_inside("/sys", "/sys in the rootfs", "dir", self.top, "RESOLVE_NO_SYMLINKS")
-        if self.host_sys >= 0:
-            attach(self.host_sys, place, "the host's, as is the network")
-        else:
-            flags = INERT if self.options.privileged else INERT + "|MS_RDONLY"
-            mount("sysfs", at(place), "sysfs", flags, None, "devices as the network namespace has them")
 
     def clone_device(self, path: str) -> int:
         """Return a clone of a device node of the host's.
@@ -1350,17 +1314,15 @@ class Rootfs:
         reach the host's. Without root none can be made; there the host's belong to somebody else.
         """
         status = os.stat(path)
-        if not stat.S_ISCHR(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+        if not status.st_rdev:
             raise Failure(f"--device {path}: it is no device")
-        if self.options.rootless:
-            return clone_tree(path, "for /dev inside")
-        node = f"{at(self.layer)}/{path.replace('/', '%')}"
-        if not os.path.lexists(node):
-            mode = stat.S_IFCHR | 0o666 if path in DEVICES else status.st_mode
-            call("mknod", node, mode, status.st_rdev, why=f"for {path} inside: a node of its own")
-            if path not in DEVICES:
-                call("chown", node, status.st_uid, status.st_gid, why="as the host's")
-        return clone_tree(node, f"for {path} inside")
+        if not self.options.rootless:
+            mode = status.st_mode | (0o666 if path in DEVICES else 0)
+            path = f"{at(self.memory)}/{path.replace('/', '%')}"
+            if not os.path.lexists(path):
+                call("mknod", path, mode, status.st_rdev, why="a device node of the container's own")
+                call("chown", path, status.st_uid, status.st_gid, why="as the host's")
+        return clone_tree(path, "a device for the container")
 
     def mount_bound_view(self) -> None:
         """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them.
@@ -1369,221 +1331,208 @@ class Rootfs:
         """
         log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
         rows = list(read_mountinfo())
-        clone = clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV")
-        attach(clone, open_path("/", "the root"), "over the old root")
-        self.top = open_path("/..", "the new root, mounted over the old", "O_DIRECTORY|")
-        devices = {point: device for _, device, _, point, *_ in rows}
+        attach(clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV"),
+               open_path("/", "the root"), "over the old root")  # fmt: skip
+        self.top = open_path("/..", "the new root, mounted over the old")
+        devices = {row[3]: row[1] for row in rows}
         for _, device, root, point, fstype, _ in rows:
             # of the host's /run, be it a filesystem of its own or a directory
             is_run = device == devices.get("/run") or device == devices["/"] and is_below(root, ("/run",))
-            if is_below(point, (*PRIVATE_PATHS, "/tmp")) or fstype not in PSEUDO_FILESYSTEMS and not is_run:
-                continue
-            why = f"cover the host's {point}"  # another proc, a bind of something in /run
-            try:
-                place = open_inside(point, why, "", self.top, "RESOLVE_NO_SYMLINKS")
-            except OSError as error:
-                if error.errno in (*COVERED, errno.EACCES):  # nobody inside gets there, either
-                    continue
-                raise
-            if is_directory(place):
-                mount("tmpfs", at(place), "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", why)
-            else:
-                attach(clone_tree("/dev/null", why), place, why)
+            if (is_run or fstype in PSEUDO_FILESYSTEMS) and not is_below(point, (*PRIVATE_PATHS, "/tmp")):
+                why = f"cover the host's {point}"  # another proc, a bind of something in /run
+                try:
+                    place = open_inside(point, why, "", self.top)
+                except OSError as error:
+                    if error.errno not in (*COVERED, errno.EACCES):  # nobody inside gets there, either
+                        raise
+                else:
+                    hide(place, why)
 
     def mount_overlays(self) -> None:
-        """Make the root-to-be: an overlay of the rootfs, or of each filesystem of the host."""
+        """Make the root-to-be of an overlay of the rootfs, or of one for each filesystem of the host."""
         options = self.options
-        filesystems = [] if options.rootfs else open_host_mounts()
+        rows = [] if options.rootfs else list(read_mountinfo())  # a namespace just copied lists parents first
         # overlay wants the topmost first
-        rootfs = options.rootfs[::-1] or ["/"]
-        lowers = [open_path(path, f"--rootfs {path}", "O_DIRECTORY|") for path in rootfs]
-        layer = self.layer
+        lowers = [open_path(path, "a layer of --rootfs") for path in options.rootfs[::-1] or ["/"]]
+        mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700",
+              "memory for what is written: it goes with the container")  # fmt: skip
+        self.layer = self.memory = open_path("/..", "what was mounted over the root")
         if options.upperdir:
-            layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
-            if not os.path.samestat(os.fstat(layer), os.fstat(options.layer_lock)):
+            self.layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
+            if not os.path.sameopenfile(self.layer, options.layer_lock):
                 raise Failure(f"--upperdir {options.upperdir}: its layer was exchanged meanwhile: refused")
-        self.mount_overlay(lowers, layer, "", "/")
-        self.top = open_path("/..", "the new root, mounted over the old", "O_DIRECTORY|")
+        self.mount_overlay(lowers, "", "/")
+        self.top = open_path("/..", "the new root, mounted over the old")
         self.overlays = [self.top]
-        for path, lower in filesystems:
-            self.show_filesystem(path, lower, layer)
+        for number, _, _, point, fstype, _ in rows:
+            if point != "/" and fstype not in PSEUDO_FILESYSTEMS and not is_below(point, PRIVATE_PATHS):
+                self.show_filesystem(point, number, lowers[0])
 
-    def show_filesystem(self, path: str, lower: int, layer: int) -> None:
+    def show_filesystem(self, path: str, number: str, host: int) -> None:
         """Show a filesystem of the host like its root, or read-only, or, where neither can be, not at all."""
         why = f"the host's {path}"
         try:
-            target = open_inside(path, why, "", self.top, "RESOLVE_NO_SYMLINKS")
+            lower = open_inside(path, why, "", host)
+            # it may be covered by another mount, even by the host's proc; a socket would be one of the host's
+            is_file = stat.S_ISREG(os.fstat(lower).st_mode)
+            if mount_id(at(lower)) != number or not (is_file or is_directory(lower)):
+                return
+            target = open_inside(path, why, "", self.top)
             try:
-                self.mount_overlay([lower], layer, path.replace("%", "%25").replace("/", "%2F"), at(target))
-                self.overlays.append(open_inside(path, why, "", self.top, "RESOLVE_NO_SYMLINKS"))
+                self.mount_overlay([lower], path, at(target))
+                self.overlays.append(open_inside(path, why, "", self.top))
             except OSError as error:  # a file, or of a filesystem that overlay does not take, such as FAT
-                if error.errno not in (errno.EINVAL, errno.ENOTDIR, errno.ENAMETOOLONG):  # the suffix
+                if error.errno not in (errno.EINVAL, errno.ENOTDIR, errno.ENAMETOOLONG):  # of its layer
                     raise
-                flags = "|".join(filter(None, ("MOUNT_ATTR_RDONLY", self.nodev_attribute)))
-                attach(clone_tree(at(lower), why, flags, "0"), target, why)
+                attach(clone_tree(at(lower), why, "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV", "0"), target, why)
         except OSError as error:
             if error.errno not in UNSHOWABLE:
                 raise
-            log.warning(f"the host's {path} cannot be shown inside: {os.strerror(error.errno)}")
+            if error.errno not in COVERED:  # nobody on the host sees it, either
+                log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
 
-    def mount_overlay(self, lowers: "list[int]", layer: int, suffix: str, target: str) -> None:
-        """Mount on `target` the directories `lowers`, topmost first, with a writable layer in `layer`.
+    def mount_overlay(self, lowers: "list[int]", path: str, target: str) -> None:
+        """Mount on `target` the directories `lowers`, topmost first, with a writable layer for `path`.
 
         `lowers` are never changed; what is written goes to upperdir; workdir, beside that, is where overlay
-        prepares a file before it moves it there. All are named through descriptors, so no name can bring in
-        an option of its own. See overlayfs.rst of the kernel.
+        prepares a file before it moves it there. None is named so that it could bring in an option of its
+        own. See overlayfs.rst of the kernel.
         """
-        places = []
-        for name in ("upper" + suffix, "work" + suffix):
-            path = f"{at(layer)}/{name}"
-            try:
-                call("mkdir", path, 0o700, why="a directory for the overlay")
-                if name.startswith("upper"):  # the merged root has the owner and the mode of upperdir
-                    self.copy_owner(os.stat(at(lowers[0])), path)
-            except FileExistsError:
-                pass  # of an earlier run with this --upperdir
-            places.append(open_path(path, "for the overlay", "O_DIRECTORY|O_NOFOLLOW|"))
-        if not suffix:
-            self.write_names(at(places[0]), lowers)
-            self.make_places(at(places[0]), lowers)
-        upper, work = map(at, places)
+        name = path.replace("%", "%25").replace("/", "%2F").replace(",", "%2C").replace("\\", "%5C")
+        layers = [f"{at(self.layer)}/upper{name}", *[f"{at(fd)}/." for fd in lowers]]
+        upper, work = self.make_below(layers, ""), self.make_below([f"{at(self.layer)}/work{name}"], "")
+        if not path:
+            self.fill_layer(layers)
         data = f"xino=on,lowerdir={':'.join(map(at, lowers))},upperdir={upper},workdir={work}"
         if self.options.rootless:
             data += ",userxattr"  # overlay marks files by xattrs; trusted.* needs root outside
         mount("overlay", target, "overlay", self.nodev, data, "a writable layer over what is never changed")
-        for fd in places:
-            os.close(fd)
 
-    def copy_owner(self, status: os.stat_result, path: str) -> None:
-        """Give `path` the mode of `status` and, where that can be, its owner."""
-        if not self.options.rootless:
-            call("chown", path, status.st_uid, status.st_gid, why="as the one below")
-        call("chmod", path, stat.S_IMODE(status.st_mode), why="as the one below")
-
-    def write_names(self, upper: str, lowers: "list[int]") -> None:
-        """Put /etc/hosts, hostname and resolv.conf of the container's own into its layer, before it is one.
+    def fill_layer(self, layers: "list[str]") -> None:
+        """Put /etc/hosts, hostname and resolv.conf of the container's own into the layer, before it is one.
 
         There they replace what the image has, even a link that leads nowhere; where that cannot be, it stays.
         """
         options = self.options
+        etc = self.make_below(layers, "/etc")
         texts = {"hostname": options.hostname + "\n", "resolv.conf": "",
                  "hosts": f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost\n"}  # fmt: skip
-        for name in texts if options.network == "host" else ():
-            texts[name] = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
-        texts["hosts"] += "".join(line + "\n" for line in options.add_host)
-        etc = f"{upper}/etc"
-        below = next(filter(None, (attempt(os.lstat, f"{at(lower)}/etc") for lower in lowers)), None)
-        try:
-            if not os.path.lexists(etc) and (not below or stat.S_ISDIR(below.st_mode)):
-                call("mkdir", etc, 0o755, why="the layer's part of /etc")
-                if below:
-                    self.copy_owner(below, etc)
-            if not stat.S_ISDIR(os.lstat(etc).st_mode):  # a link, which would lead out
-                return
-            for name, text in texts.items():
-                if os.path.lexists(f"{etc}/{name}"):
-                    os.unlink(f"{etc}/{name}")  # an earlier run's, with --upperdir
+        for name, text in texts.items() if etc else ():
+            if options.network == "host":
+                text = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
+            if name == "hosts":
+                text += "\n".join([*options.add_host, ""])
+            attempt(os.unlink, f"{etc}/{name}")  # an earlier run's, with --upperdir
+            try:
                 create_file(f"{etc}/{name}", text)
-        except OSError:
-            pass
+            except FileExistsError:  # a directory of the user's
+                pass
+        # in a directory whose owner does not exist in our user namespace, overlay lets nobody make anything
+        rows = [*options.volume, *options.device, *options.tmpfs, (options.workdir or "/",)]
+        for target, *_ in rows if options.rootless else ():
+            self.make_below(layers, os.path.dirname(target))
 
-    def make_places(self, upper: str, lowers: "list[int]") -> None:
-        """Without root, make in the layer what mounts are to go on, and the workdir, before it is one.
+    def make_below(self, layers: "list[str]", path: str) -> str:
+        """Make a directory in the layer, the first of `layers`, like the next that has it; return where.
 
-        Afterwards nothing could be made in a directory of the rootfs whose owner does not exist here.
+        Return "" where something else is in the way: a link could lead out.
         """
-        layers = [upper, *map(at, lowers)]
-        wanted = [row[1:3] for row in self.mounts] + [(self.options.workdir or "/", "")]
-        for target, source in wanted if self.options.rootless else ():
-            path, names = "", target.strip("/").split("/")
-            while names and not any(os.path.lexists(layer + target) for layer in layers):
-                path = f"{path}/{names.pop(0)}"
-                below = next(filter(None, (attempt(os.lstat, layer + path) for layer in layers)), None)
-                if below and not stat.S_ISDIR(below.st_mode):
-                    break  # a link: open_inside() will follow it, and make what it can
-                if not below and not names and isinstance(source, int) and not is_directory(source):
-                    create_file(upper + path, "")
-                elif not os.path.lexists(upper + path):
-                    is_tmpfs = isinstance(source, str) and source and not names  # it takes this mode
-                    call("mkdir", upper + path, 0o1777 if is_tmpfs else 0o755, why=f"for {target}")
-                    if below:
-                        self.copy_owner(below, upper + path)
+        place = layers[0] + path
+        statuses = [attempt(os.lstat, layer + path) for layer in layers]
+        below = next(filter(None, statuses), None)
+        if below and not stat.S_ISDIR(below.st_mode):
+            return ""
+        if path and not self.make_below(layers, path.rpartition("/")[0]):
+            return ""
+        if not statuses[0]:
+            call("mkdir", place, 0o755, why="a directory of the layer")
+            if below:  # the merged directory has the owner and the mode of the topmost
+                if not self.options.rootless:
+                    call("chown", place, below.st_uid, below.st_gid, why="as the one below")
+                call("chmod", place, below.st_mode, why="as the one below")
+        return place
 
-    def mount_dev(self, devices: "list[int]") -> None:
-        """Mount /dev: harmless devices, and a devpts of its own. See pts(4)."""
-        place = open_inside("/dev", "/dev in the rootfs", "dir", how="RESOLVE_NO_SYMLINKS")
-        mount("tmpfs", at(place), "tmpfs", f"MS_NOSUID|MS_STRICTATIME|{self.nodev}", "mode=755,size=64m",
-              "no device of the host")  # fmt: skip
+    def mount_own(self) -> None:
+        """Mount what is the container's own in every view, while the host's /proc and /sys are there.
+
+        In a user namespace the kernel wants to see those before it mounts others.
+        """
+        options = self.options
+        tty = "" if options.rootless else ",gid=5"
+        frozen = "0" if options.privileged else "MS_RDONLY"
+        table = f"""\
+/proc proc {INERT} - the processes of the new pid namespace
+/sys sysfs {INERT}|{frozen} - devices as the network namespace has them
+/dev tmpfs MS_NOSUID|MS_STRICTATIME|{self.nodev} mode=755,size=64m no device of the host
+/dev/pts devpts MS_NOSUID|MS_NOEXEC newinstance,ptmxmode=0666,mode=0620{tty} terminals of its own, from 0 on
+/dev/shm tmpfs {INERT} mode=1777,size={options.shm_size} POSIX shared memory
+/dev/mqueue mqueue {INERT} - POSIX queues of the ipc namespace"""
+        if not options.rootfs:
+            table += """
+/run tmpfs MS_NOSUID|MS_NODEV mode=755 in place of the host's
+/run/lock tmpfs MS_NOSUID|MS_NODEV mode=1777 where Debian's /var/lock leads to"""
+        if self.bound:
+            table += "\n/tmp tmpfs MS_NOSUID|MS_NODEV mode=1777 in place of the host's"
+        for row in table.split("\n"):
+            point, fstype, flags, data, why = row.split(" ", 4)
+            place = open_inside(point, "its place in the rootfs", "dir", self.top)
+            # only the owner of a network namespace may mount its sysfs
+            if fstype == "sysfs" and options.rootless and options.network == "host":
+                attach(clone_tree(point, why, "MOUNT_ATTR_RDONLY"), place, why)
+            else:
+                mount(fstype, at(place), fstype, flags, data.strip("-"), why)
+        for path in DEVICES:
+            place = open_inside(path, "a device that all have", "file", self.top)
+            attach(self.clone_device(path), place, "a device that all have")
+        for target, source in options.device:
+            self.mounts.append((f"--device {source}", target, "file", self.clone_device(source), ""))
         for name, text in DEVICE_LINKS.items():
-            call("symlink", text, f"/dev/{name}", why="programs expect it")
-        for name in ("pts", "shm", "mqueue"):
-            call("mkdir", f"/dev/{name}", 0o755, why="where to mount it")
-        data = "newinstance,ptmxmode=0666,mode=0620" + ("" if self.options.rootless else ",gid=5")  # tty
-        mount("devpts", "/dev/pts", "devpts", "MS_NOSUID|MS_NOEXEC", data, "terminals of its own, from 0 on")
-        data = f"mode=1777,size={self.options.shm_size}"
-        mount("shm", "/dev/shm", "tmpfs", INERT, data, "POSIX shared memory")
-        mount("mqueue", "/dev/mqueue", "mqueue", INERT, None, "POSIX queues of the ipc namespace")
-        for path, clone in zip(DEVICES, devices):
-            create_file(path, "")
-            attach(clone, open_path(path, "where the device goes"), f"the device {path}")
+            call("symlink", text, f"{at(self.top)}/dev/{name}", why="programs expect it")
 
     def place_cgroups(self) -> None:
         """Open where the cgroups go: init mounts them when it has joined; volumes may be on /sys by then."""
-        top = "/sys/fs/cgroup"
+        top, why = "/sys/fs/cgroup", "where the cgroups go"
         if not exists(top):
             return
-        place = open_path(top, "where the cgroups go")
         if [cgroup.version for cgroup in self.cgroups] == [2]:
-            self.cgroup_places = [(self.cgroups[0], place)]
+            self.cgroup_places = [(self.cgroups[0], open_path(top, why))]
             return
         # also where there is none: it hides the host's, which --network host shows without root
-        mount("tmpfs", at(place), "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
-        self.cgroup_places = [(None, open_path(top, "a place for each hierarchy"))]
+        mount("tmpfs", top, "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
         for cgroup in self.cgroups:
             names = cgroup.controllers or "unified"  # v2 beside v1
-            call("mkdir", f"{top}/{names}", 0o755, why="where to mount it")
-            self.cgroup_places.append((cgroup, open_path(f"{top}/{names}", "where to mount it")))
-            for name in names.split(",") if "," in names else ():
+            self.cgroup_places.append((cgroup, open_inside(f"{top}/{names}", why, "dir")))
+            for name in {*names.split(",")} - {names}:
                 call("symlink", names, f"{top}/{name}", why="as on the host")
-        set_attributes(self.cgroup_places[0][1], "MOUNT_ATTR_RDONLY", "it is complete", "0")
+        set_attributes(open_path(top, why), "MOUNT_ATTR_RDONLY", "it is complete", "0")
 
     def mask(self) -> None:
         """Hide what tells of the host, freeze what would change the one kernel that all share."""
         if self.options.privileged:
             return
-        cpus = [name for name in (os.listdir(CPUS) if exists(CPUS) else ()) if name[3:].isdigit()]
-        throttles = [f"{CPUS}/{name}/thermal_throttle" for name in cpus]
-        for path in filter(exists, MASKED_PATHS + throttles):
-            if stat.S_ISDIR(os.stat(path).st_mode):
-                mount("tmpfs", path, "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", "hide this directory")
-            else:
-                why = f"hide {path}"
-                attach(clone_tree("/dev/null", why), open_path(path, why), why)
+        throttles = [f"{CPUS}/{name}/thermal_throttle" for name in os.listdir(CPUS)]
         flags = "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NOSUID|MOUNT_ATTR_NODEV|MOUNT_ATTR_NOEXEC"
-        for path in filter(exists, READ_ONLY_PATHS):
-            why = f"make {path} read-only"
-            attach(clone_tree(path, why, flags), open_path(path, why), why)
+        for path in filter(exists, MASKED_PATHS + READ_ONLY_PATHS + throttles):
+            why = f"hide or freeze {path}"
+            if path in READ_ONLY_PATHS:
+                attach(clone_tree(path, why, flags), open_path(path, why), why)
+            else:
+                hide(open_path(path, why), why)
 
     def furnish(self) -> None:
         """Mount what --tmpfs and --volume ask for, parents first. The command's terminal is open by now."""
-        for why, target, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
-            is_clone = isinstance(source, int)
-            is_file = is_clone and not is_directory(source)
-            found = attempt(open_inside, target, why)
-            place = found or open_inside(target, why, "file" if is_file else "dir")
-            status = os.fstat(place)
+        for why, target, kind, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
+            place = open_inside(target, why, kind)
+            where = os.readlink(at(place))  # the kernel's word: every link resolved
             # what we read in /proc must come from the kernel; init mounts the cgroups later
-            ours = [os.stat("/"), *[os.fstat(fd) for _, fd in self.cgroup_places]]
-            if status.st_dev == os.stat("/proc").st_dev or any(os.path.samestat(status, one) for one in ours):
-                raise Failure(f"{why}: it is the root, /sys/fs/cgroup or in /proc, in the container: refused")
-            if is_clone:
-                attach(source, place, f"{why} at {target}")
+            if where == "/" or is_below(where, ("/proc", "/sys/fs/cgroup")):
+                raise Failure(f"{why}: in the container that is {where}, which is no place for it: refused")
+            if kind != "shared":
+                attach(source, place, why)
                 continue
             if "mode=" not in data:
-                mode = stat.S_IMODE(status.st_mode) if found else 0o1777
-                data = ",".join(filter(None, (data, f"mode={mode:o}")))
-            flags = source if self.nodev in source else f"{source}|{self.nodev}"
-            mount("tmpfs", at(place), "tmpfs", flags, data, why)
+                data += f",mode={os.fstat(place).st_mode:o}"
+            mount("tmpfs", at(place), "tmpfs", f"{source}|{self.nodev}", data, why)
 
     def freeze(self) -> None:
         """Make the root read-only, if it is to be: the root alone, not what is mounted below it."""
@@ -1596,53 +1545,25 @@ def is_directory(fd: int) -> bool:
     return stat.S_ISDIR(os.fstat(fd).st_mode)
 
 
-def refuse_chroot() -> None:
-    """Refuse to start in a chroot: pivot_root would change its root, and leave the true one above.
-
-    ".." ends at a process's root, unless it stands outside of that: so go below, and climb. See chroot(2).
-    """
-    root, here = open_path("/", "is there something above"), -1
-    try:
-        here = open_path(".", "to come back")
-    except FileNotFoundError:
-        pass  # it has been deleted
-    call("chroot", "/proc", why="from below the root ...")
-    call("fchdir", root, why="... to the root, and ...")
-    call("chdir", "..", why="... up from there: nobody can, where it is the true root")
-    is_top = os.path.samestat(os.stat("."), os.fstat(root))
-    call("fchdir", root, why="put everything back")
-    call("chroot", ".", why="the root as it was")
-    if here >= 0:
-        call("fchdir", here, why="where we were")
-        os.close(here)
-    os.close(root)
-    if not is_top:
-        raise Failure("this is a chroot, whose inside could be left for the true root above: refused",
-                      "unshare --mount, bind the chroot on itself, and pivot_root into it")  # fmt: skip
-
-
 def open_path(path: str, why: str, flags: str = "") -> int:
     """Return an O_PATH descriptor: it names the place from now on, whatever becomes of the name."""
-    return int(call("open", path, flags + "O_PATH|O_CLOEXEC", why=why))
+    return call("open", path, flags + "O_PATH|O_CLOEXEC", why=why)
 
 
 def clone_tree(path: str, why: str, flags: str = "", recursive: str = "AT_RECURSIVE") -> int:
-    """Return a copy of the mount that `path` is in, from `path` on with all below; attached nowhere yet.
-
-    See open_tree(2).
-    """
+    """Return a copy of the mount at `path`, with all below; attached nowhere yet. See open_tree(2)."""
     fd = call("open_tree", "AT_FDCWD", path, f"OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC|{recursive}", why=why)
     if flags:
         set_attributes(fd, flags, why, recursive)
-    return int(fd)
+    return fd
 
 
 def set_attributes(fd: int, flags: str, why: str, recursive: str) -> None:
     """Add flags to the mount behind `fd`, and to all below it. See mount_setattr(2)."""
     # struct mount_attr: set, clear, propagation, userns
     attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)
-    why = f"{why} ({flags})"
-    call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes), why=why)
+    call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes),
+         why=f"{why} ({flags})")  # fmt: skip
 
 
 def attach(clone: int, place: int, why: str) -> None:
@@ -1652,39 +1573,47 @@ def attach(clone: int, place: int, why: str) -> None:
     os.close(place)
 
 
-def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_FDCWD", how: str = "") -> int:
+def hide(place: int, why: str) -> None:
+    """Cover a directory with an empty one, anything else with the null device."""
+    if is_directory(place):
+        mount("tmpfs", at(place), "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", why)
+    else:
+        attach(clone_tree("/dev/null", why), place, why)
+
+
+def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_FDCWD") -> int:
     """Return an O_PATH descriptor for `path`, every symlink resolved inside the root, or refused.
 
-    `create` is "dir" or "file" to make what is missing; `root` is the root-to-be, later we stand in "/". A
-    magic link of /proc (/proc/self/root, an open descriptor) is refused: neither image nor volume can lead a
-    mount elsewhere. `how` is for a path that has no symlink to follow. See openat2(2).
+    `create` is what to make if it is missing: a "file", a "dir", or one "shared" by all users, as /tmp is.
+    The root is where we stand, "/"; there a magic link of /proc (/proc/self/root, an open descriptor) is
+    refused: neither image nor volume can lead a mount elsewhere. Before that it is `root`, for paths that
+    have no symlink to follow. See openat2(2).
     """
-    resolve = value_of("RESOLVE_IN_ROOT|" + (how or "RESOLVE_NO_MAGICLINKS"))
-    open_how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, resolve)  # flags, mode, resolve
+    refused = "RESOLVE_NO_MAGICLINKS" if root == "AT_FDCWD" else "RESOLVE_NO_SYMLINKS"
+    # struct open_how: flags, mode, resolve
+    how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, value_of(f"RESOLVE_IN_ROOT|{refused}"))
+    place = f"{why}: {path} in the container"
     try:
-        place = f"{why}: {path} in the container"
-        return int(call("openat2", root, path, open_how, len(open_how), why=place))
+        return call("openat2", root, path, how, len(how), why=place)
     except FileNotFoundError:
         if not create:
             raise
     above, name = os.path.split(path.rstrip("/"))
-    fd = open_inside(above or "/", why, "dir", root, how)
+    fd = open_inside(above, why, "dir", root)
     missing = f"{at(fd)}/{name}"
-    if os.fstat(fd).st_dev == os.stat("/proc").st_dev:
-        raise Failure(f"{why}: {path} leads into /proc, where nothing can be made")
     link = attempt(os.readlink, missing)  # one that leads to what is missing
-    if link is None and create == "dir":
-        call("mkdir", missing, 0o755, why=f"{why}: {path} is missing in the container")
+    if link is None and create == "file":
+        create_file(missing, "", place)
     elif link is None:
-        create_file(missing, "", f"{why}: {path} is missing in the container")
+        call("mkdir", missing, 0o1777 if create == "shared" else 0o755, why=place)
     os.close(fd)
-    return open_inside(os.path.join(above, link or name), why, create, root, how)
+    return open_inside(os.path.join(above, link or name), why, create, root)
 
 
 def create_file(path: str, text: str, why: str = "a file of the container's own") -> None:
     """Create a file, which is not there yet."""
     fd = call("open", path, "O_WRONLY|O_CREAT|O_EXCL|O_CLOEXEC", 0o644, why=why)
-    os.write(fd, text.encode(errors="surrogateescape"))
+    os.write(fd, os.fsencode(text))
     os.close(fd)
 
 
@@ -1692,14 +1621,9 @@ def exists(path: str) -> bool:
     """Tell whether `path` exists. os.path.exists() says no to every error: a path to hide would stay."""
     try:
         os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
-
-
-# Why a mount of the host's cannot be shown: covered by another, deleted, a user's FUSE, its server is dead
-COVERED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-UNSHOWABLE = (*COVERED, errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EINVAL)
 
 
 def read_mountinfo():  # type: ignore[no-untyped-def]
@@ -1711,26 +1635,6 @@ def read_mountinfo():  # type: ignore[no-untyped-def]
                        for path in paths[:2])  # fmt: skip
         fstype, _, words = paths[paths.index("-") + 1 :][:3]
         yield number, device, root, point, fstype, words
-
-
-def open_host_mounts() -> "list[tuple[str, int]]":
-    """Return (path, descriptor) of each filesystem below / that holds files, parents first."""
-    found, top = [], open_path("/", "the host's root")
-    for number, _, _, point, fstype, _ in sorted(read_mountinfo(), key=lambda row: row[3]):
-        if point == "/" or fstype in PSEUDO_FILESYSTEMS or is_below(point, PRIVATE_PATHS):
-            continue
-        try:
-            fd = open_inside(point, "a filesystem of the host", "", top, "RESOLVE_NO_SYMLINKS")
-            mode = os.stat(at(fd)).st_mode
-            # it may be covered by another mount, even by the host's proc; a socket would be one of the host's
-            if mount_id(at(fd)) == number and (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-                found.append((point, fd))
-        except OSError as error:
-            if error.errno not in UNSHOWABLE:
-                raise
-            if error.errno not in COVERED:
-                log.warning(f"the host's {point} cannot be shown inside: {os.strerror(error.errno)}")
-    return found
 
 
 def mount_id(path: str) -> str:
