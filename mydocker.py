@@ -1795,16 +1795,16 @@ REFUSED_CALLS = {
 # which the kernel has begun to fill. From 424 on all machines share one numbering. A new call that is to
 # be let through raises LAST_CALL; what is refused among those up to it then needs its word above.
 LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
-# Calls judged by the low 32 bits of an argument, which are all that the kernel looks at, too: rows as above,
-# then which argument, "=" a value or "&" any of these bits, what follows from that
+# Judged by the low 32 bits of an argument, which are all that the kernel looks at, too. After the numbers: the
+# argument's offset in struct seccomp_data, "=" a value or "&" any of these bits.
 JUDGED_CALLS = {
     # all CLONE_NEW*: in a user namespace of its own, root has powers again
-    "SYS_ADMIN": "clone:56:220:0:&:0x7E020000:refuse",
-    # AF_ALG, AF_VSOCK: no namespace divides them. Personalities: the question, PER_LINUX, PER_LINUX32 and
-    # UNAME26 go through. TIOCSTI, TIOCLINUX: they type into a terminal
-    "": """socket:41:198:0:=:38:refuse socket:41:198:0:=:40:refuse
-        personality:135:92:0:=:0xFFFFFFFF:allow personality:135:92:0:&:0xFFFDFFF7:refuse
-        ioctl:16:29:1:=:0x5412:refuse ioctl:16:29:1:=:0x541C:refuse""",
+    "SYS_ADMIN": "clone:56:220:16:&:0x7E020000",
+    # AF_ALG, AF_VSOCK: no namespace divides them; all personalities but the question which it is, PER_LINUX,
+    # PER_LINUX32 and UNAME26; TIOCSTI, TIOCLINUX: they type into a terminal
+    "": """socket:41:198:16:=:38 socket:41:198:16:=:40
+        question:135:92:16:=:0xFFFFFFFF personality:135:92:16:&:0xFFFDFFF7
+        ioctl:16:29:24:=:0x5412 ioctl:16:29:24:=:0x541C""",
 }
 
 
@@ -1819,37 +1819,24 @@ def seccomp_filter(kept: "set[str]") -> bytes:
     load, equal, at_least, any_bit = 0x20, 0x15, 0x35, 0x45
     # BPF_RET: SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO with EPERM and with ENOSYS
     allow, refuse, unknown = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50001), (6, 0, 0, 0x50026)
-
-    def when(test: int, value: int, *steps: "tuple[int, int, int, int]") -> "list[tuple[int, int, int, int]]":
-        return [(test, 0, len(steps), value), *steps]
-
-    program = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURE), unknown, (load, 0, 0, 0)]
-    program += when(at_least, LAST_CALL + 1, unknown)
-    program += when(at_least, GAP_FROM[COLUMN], (at_least, 1, 0, GAP_TO + 1), unknown)
+    # clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc falls back to clone
+    others = {"clone3": unknown, "question": allow}
+    program = [
+        (load, 0, 0, 4), (equal, 1, 0, ARCHITECTURE), unknown,
+        (load, 0, 0, 0), (at_least, 0, 1, LAST_CALL + 1), unknown,
+        (at_least, 0, 2, GAP_FROM[COLUMN]), (at_least, 1, 0, GAP_TO + 1), unknown,
+    ]  # fmt: skip
     for capabilities, calls in (*REFUSED_CALLS.items(), *JUDGED_CALLS.items()):
         for row in calls.split() if kept.isdisjoint(capabilities.split()) else ():
             name, *words = row.split(":")
-            # clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc takes clone
-            steps = [unknown if name == "clone3" else refuse]
+            steps = [others.get(name, refuse)]
             if words[2:]:
-                argument, test, value, result = words[2:]
-                code = any_bit if test == "&" else equal
-                step = allow if result == "allow" else refuse
-                judged = when(code, int(value, 0), step)
-                steps = [(load, 0, 0, 16 + 8 * int(argument)), *judged, (load, 0, 0, 0)]
+                offset, test, value = words[2:]
+                judge = (any_bit if test == "&" else equal, 0, 1, int(value, 0))
+                steps = [(load, 0, 0, int(offset)), judge, *steps, (load, 0, 0, 0)]
             if words[COLUMN] != "-":
-                program += when(equal, int(words[COLUMN]), *steps)
+                program += [(equal, 0, len(steps), int(words[COLUMN])), *steps]
     return b"".join(struct.pack("HBBI", *step) for step in [*program, allow])  # struct sock_filter
-
-
-def find_kept_capabilities(options: Options) -> "set[str]":
-    """Return the capabilities that the container's root keeps."""
-    kept = set(DEFAULT_CAPABILITIES + options.cap_add)
-    if options.privileged or "ALL" in kept:
-        kept.update(CAPABILITY_NAMES)
-    if "ALL" in options.cap_drop:
-        kept = set(options.cap_add)
-    return kept.difference(options.cap_drop)
 
 
 def change_user(options: Options, uid: int, gid: int, groups: "list[int]", kept: "set[str]") -> None:
@@ -1889,7 +1876,6 @@ def read_inside(path: str, colons: int) -> "list[list[str]]":
     if not stat.S_ISREG(status.st_mode) or status.st_dev in kernels or status.st_size > 64 << 20:
         raise Failure(f"{path} in the container is not a regular file of at most 64 MiB")
     lines = read_file(at(fd), f"look up the user in {path}").split("\n")
-    os.close(fd)
     return [line.split(":") for line in lines if line.count(":") >= colons and "\0" not in line]
 
 
@@ -1933,19 +1919,21 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
     takes a filter only from CAP_SYS_ADMIN; cutting the bounding set, groups and limits need what a change of
     user takes away. See credentials(7), seccomp(2).
     """
-    kept = find_kept_capabilities(options)
+    kept = set(DEFAULT_CAPABILITIES + options.cap_add)
+    if options.privileged or "ALL" in kept:
+        kept.update(CAPABILITY_NAMES)
+    if "ALL" in options.cap_drop:
+        kept = set(options.cap_add)
+    kept.difference_update(options.cap_drop)
     if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
         write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
-    try:
+    if exists("/proc/keys"):  # a kernel built without keys has none to leak
         call("keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="a keyring of its own, not that of root")
-    except OSError as error:
-        if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
-            raise
     for name, limit in options.ulimit:
         call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
     if options.process_limit:  # refused where the caller's own is lower already
-        limit = options.process_limit
-        attempt(call, "setrlimit", RESOURCES.index("nproc"), limit, why="--pids-limit without a cgroup")
+        why = "--pids-limit without a cgroup"
+        attempt(call, "setrlimit", RESOURCES.index("nproc"), options.process_limit, why=why)
     if not options.privileged and "seccomp=unconfined" not in options.security_opt:
         program = ctypes.create_string_buffer(seccomp_filter(kept))
         # struct sock_fprog: how many steps, where they are
@@ -1981,7 +1969,6 @@ def set_up_network(options: Options) -> None:
     fd = call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that")
     request = struct.pack("16sH14x", b"lo", 1)  # struct ifreq: IFF_UP
     call("ioctl", fd, "SIOCSIFFLAGS", request, why="bring up lo")
-    os.close(fd)
     groups = "0 0" if options.rootless else "0 2147483647"  # in a user namespace there is but one
     why = "nobody is in the way there"
     attempt(write_file, "/proc/sys/net/ipv4/ip_unprivileged_port_start", "0", why)
@@ -2031,9 +2018,9 @@ def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
 
 def give_stdio(options: Options, uid: int, our_pipe: int) -> None:
     """Give terminals and pipes at 0 to 2 to the command's user, who may want to open /dev/stdout by name."""
-    pipes = os.fstat(our_pipe).st_dev  # of all pipes without a name: a FIFO of the host's stays as it is
     for fd in range(3) if uid else ():
-        if os.isatty(fd) or os.fstat(fd).st_dev == pipes:
+        # pipes without a name: a FIFO of the host's stays as it is
+        if os.isatty(fd) or os.readlink(at(fd)).startswith("pipe:"):
             call("fchown", fd, uid, -1, why="it is its user's")
 
 
@@ -2094,12 +2081,11 @@ def refuse_own_python(paths: "list[str]") -> None:
 
 
 def is_own_python(path: str) -> bool:
-    """Tell whether `path` is the program of this process: the same file, by the same mount.
+    """Tell whether `path` is the program of this process, by the mount that it is in.
 
-    By another mount, as with the host's /usr in a volume, it is like any other file that is there.
+    init's copies of the host's mounts have other numbers, so nothing that the container is to have is in that one.
     """
-    own = "/proc/self/exe"
-    return os.path.samestat(os.stat(path), os.stat(own)) and mount_id(path) == mount_id(own)
+    return mount_id(path) == mount_id("/proc/self/exe")
 
 
 def follow_interpreters(path: str) -> "list[str]":
