@@ -1761,7 +1761,7 @@ def is_below(path: str, places: "tuple[str, ...]") -> bool:
 # What the container's root keeps: Docker's 14. MKNOD is harmless: where a node can be made all is nodev.
 DEFAULT_CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP
     NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE""".split()
-CAPABILITY_NAMES = CAPABILITIES + ["NEWER"] * (64 - len(CAPABILITIES))  # one for each bit
+CAPABILITY_NAMES = CAPABILITIES + ["NEWER"] * 23  # one for each of 64 bits
 
 # Refused calls, name:x86_64:generic ("-": there is none; aarch64, riscv64 and loongarch64 share one
 # table). The key names the capabilities with any of which Docker allows them; "" is none. It is
@@ -1795,8 +1795,8 @@ REFUSED_CALLS = {
 # which the kernel has begun to fill. From 424 on all machines share one numbering. A new call that is to
 # be let through raises LAST_CALL; what is refused among those up to it then needs its word above.
 LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
-# Judged by the low 32 bits of an argument, which are all that the kernel looks at, too. After the numbers: the
-# argument's offset in struct seccomp_data, "=" a value or "&" any of these bits.
+# Judged by the low 32 bits of an argument, which are all that the kernel looks at, too. After the numbers:
+# the argument's offset in struct seccomp_data, "=" a value or "&" any of these bits
 JUDGED_CALLS = {
     # all CLONE_NEW*: in a user namespace of its own, root has powers again
     "SYS_ADMIN": "clone:56:220:16:&:0x7E020000",
@@ -1841,26 +1841,24 @@ def seccomp_filter(kept: "set[str]") -> bytes:
 
 def change_user(options: Options, uid: int, gid: int, groups: "list[int]", kept: "set[str]") -> None:
     """Become the command's user, with these capabilities at most. See credentials(7), capabilities(7)."""
-    status, ours = read_file("/proc/self/status", "which capabilities are there"), 0
-    permitted, bounding = [int(status.partition(f"\n{name}:\t")[2][:16], 16) for name in ("CapPrm", "CapBnd")]
+    status = read_file("/proc/self/status", "which capabilities are there")
+    bits = int(status.partition("\nCapBnd:\t")[2][:16], 16)
     for bit, name in enumerate(CAPABILITY_NAMES):
-        if name not in kept:
-            if bounding >> bit & 1:  # execve gives root all of the bounding set, whatever capset leaves
-                call("prctl", "PR_CAPBSET_DROP", bit, 0, 0, 0, why=f"{name}: for nobody inside")
-        elif permitted >> bit & 1:
-            ours |= 1 << bit
-        elif name in options.cap_add:
-            raise Failure(f"--cap-add {name}: mydocker was started without it")
+        if name in kept:
+            if name in options.cap_add and not bits >> bit & 1:
+                raise Failure(f"--cap-add {name}: mydocker was started without it")
+        elif bits >> bit & 1:  # execve gives root all of the bounding set, whatever capset leaves
+            call("prctl", "PR_CAPBSET_DROP", bit, 0, 0, 0, why=f"{name}: for nobody inside")
+            bits -= 1 << bit
     if not options.rootless:  # denied there: who gives up a group may open a file that shuts it out
         call("setgroups", groups, why="its groups, none of the caller's")
     call("setresgid", gid, gid, gid, why="its group")
     call("setresuid", uid, uid, uid, why="its user")
-    high, low = divmod(0 if uid else ours, 1 << 32)
-    header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3; this thread
-    # effective, permitted, inheritable; twice 32 bits. Inheritable and, with it, ambient are emptied: through
-    # them the caller's capabilities would survive execve. See capset(2)
-    data = struct.pack("6I", low, low, 0, high, high, 0)
-    call("capset", header, data, why="keep these capabilities and no others")
+    # _LINUX_CAPABILITY_VERSION_3, this thread; effective, permitted, inheritable, of each 32 bits and then 32
+    # more. Inheritable and, with it, ambient are emptied: through them the caller's would survive execve
+    high, low = divmod(0 if uid else bits, 1 << 32)
+    call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", low, low, 0, high, high, 0),
+         why="keep these capabilities and no others")  # fmt: skip
     call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="again: the change of user took that back")
 
 
@@ -1907,8 +1905,8 @@ def find_user(options: Options) -> "tuple[int, int, list[int], str]":
     if len(groups) > 65536:  # NGROUPS_MAX of <linux/limits.h>
         raise Failure(f"{asked}: in more than 65536 groups of the container's /etc")
     if options.rootless and any(ids[:2]):
-        hint = "with sudo there are all"
-        raise Failure(f"{asked}: without root there is but one user inside: 0, the caller", hint)
+        raise Failure(f"{asked}: without root there is but one user inside: 0, the caller",
+                      "with sudo there are all")  # fmt: skip
     return ids[0], ids[1], groups, home or "/"
 
 
@@ -1932,14 +1930,14 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
     for name, limit in options.ulimit:
         call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
     if options.process_limit:  # refused where the caller's own is lower already
-        why = "--pids-limit without a cgroup"
-        attempt(call, "setrlimit", RESOURCES.index("nproc"), options.process_limit, why=why)
+        attempt(call, "setrlimit", RESOURCES.index("nproc"), options.process_limit,
+                why="--pids-limit without a cgroup")  # fmt: skip
     if not options.privileged and "seccomp=unconfined" not in options.security_opt:
         program = ctypes.create_string_buffer(seccomp_filter(kept))
         # struct sock_fprog: how many steps, where they are
         fprog = ctypes.create_string_buffer(struct.pack("HP", len(program) // 8, ctypes.addressof(program)))
-        why = "from here on the kernel asks this filter at every call"
-        call("prctl", "PR_SET_SECCOMP", "SECCOMP_MODE_FILTER", ctypes.addressof(fprog), 0, 0, why=why)
+        call("prctl", "PR_SET_SECCOMP", "SECCOMP_MODE_FILTER", ctypes.addressof(fprog), 0, 0,
+             why="from here on the kernel asks this filter at every call")  # fmt: skip
     change_user(options, uid, gid, groups, kept)
     if not options.privileged and "no-new-privileges=false" not in options.security_opt:
         call("prctl", "PR_SET_NO_NEW_PRIVS", 1, 0, 0, 0, why="setuid programs give nothing more")
@@ -1970,9 +1968,8 @@ def set_up_network(options: Options) -> None:
     request = struct.pack("16sH14x", b"lo", 1)  # struct ifreq: IFF_UP
     call("ioctl", fd, "SIOCSIFFLAGS", request, why="bring up lo")
     groups = "0 0" if options.rootless else "0 2147483647"  # in a user namespace there is but one
-    why = "nobody is in the way there"
-    attempt(write_file, "/proc/sys/net/ipv4/ip_unprivileged_port_start", "0", why)
-    attempt(write_file, "/proc/sys/net/ipv4/ping_group_range", groups, why)
+    attempt(write_file, "/proc/sys/net/ipv4/ip_unprivileged_port_start", "0", "nobody is in the way there")
+    attempt(write_file, "/proc/sys/net/ipv4/ping_group_range", groups, "nor hurt by an echo")
 
 
 def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> None:
@@ -1993,18 +1990,16 @@ def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> N
         for fd, data in cgroup.joins:  # --privileged on v2: that root is to be divided further
             call("write", fd, data, why=f"go below, and hand the controllers down ({cgroup.directory})")
     flags = INERT if options.privileged else f"MS_RDONLY|{INERT}"
-    why = "the container's own cgroup, nothing above"
     for cgroup, place in places:
         if cgroup:
             fstype = "cgroup" if cgroup.controllers else "cgroup2"
-            mount(fstype, at(place), fstype, flags, cgroup.controllers, why)
+            mount("cgroup", at(place), fstype, flags, cgroup.controllers, "its own cgroup, nothing above")
 
 
 def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
     """Give the command 0 to 2: a terminal of its own, pipes to run(), or the caller's files."""
     if options.tty:
-        why = "the terminal whose other end run() holds"
-        fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why=why)
+        fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why="run() holds its other end")
         call("ioctl", fd, "TIOCSCTTY", 0, why="the controlling terminal: Ctrl-C, job control")
         create_file("/dev/console", "")
         why = "its terminal by another name"
@@ -2027,8 +2022,9 @@ def give_stdio(options: Options, uid: int, our_pipe: int) -> None:
 def enter_workdir(options: Options) -> None:
     """Stand where the command is to start: --workdir, or in host view the caller's directory."""
     chosen = options.workdir or ("/" if options.rootfs else "")
-    private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())  # other files under the same names
-    path = chosen or ("" if is_below(options.cwd, private) else options.cwd)
+    # other files under the same names
+    hidden = is_below(options.cwd, PRIVATE_PATHS + (("/tmp",) if options.rootless else ()))
+    path = chosen or ("" if hidden else options.cwd)
     try:
         fd = open_inside(path, "--workdir", "dir" if chosen else "")
         call("fchdir", fd, why=f"start in {path}")
@@ -2041,7 +2037,7 @@ def enter_workdir(options: Options) -> None:
 def environment(options: Options, home: str) -> "dict[str, str]":
     """Return the command's environment: these and what --env names, nothing else of the caller's."""
     env = {"PATH": DEFAULT_PATH, "HOSTNAME": options.hostname, "TERM": "xterm" if options.tty else None}
-    for text in [*sum(options.env_file, []), *options.env]:
+    for text in sum(options.env_file, []) + options.env:
         name, equals, value = text.partition("=")
         env[name] = value if equals else os.environ.get(name)
     env["HOME"] = env.get("HOME") or home
@@ -2083,7 +2079,8 @@ def refuse_own_python(paths: "list[str]") -> None:
 def is_own_python(path: str) -> bool:
     """Tell whether `path` is the program of this process, by the mount that it is in.
 
-    init's copies of the host's mounts have other numbers, so nothing that the container is to have is in that one.
+    Every mount of the container, copies of the host's, too, has a number of its own: no other file of it is
+    in that one. By another mount, as with the host's /usr in a volume, Python is a file like others.
     """
     return mount_id(path) == mount_id("/proc/self/exe")
 
@@ -2114,7 +2111,7 @@ def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[
     By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
     """
     hint = "" if options.rootfs else "there are no images here: --rootfs DIR names a root filesystem"
-    failure = Failure(f"{argv[0] or repr(argv[0])}: command not found", hint, EXIT_NOT_FOUND)
+    failure = Failure(f"{argv[0] or '(nothing)'}: command not found", hint, EXIT_NOT_FOUND)
     for path in paths:
         try:
             call("execve", path, argv, env, why="become the command, as PID 1 of the container")
