@@ -1763,22 +1763,21 @@ DEFAULT_CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID 
     NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE""".split()
 CAPABILITY_NAMES = CAPABILITIES + ["NEWER"] * 23  # one for each of 64 bits
 
-# Refused calls, name:x86_64:generic ("-": there is none; aarch64, riscv64 and loongarch64 share one
-# table). The key names the capabilities with any of which Docker allows them; "" is none. It is
-# Docker's default profile turned around: what that does not allow.
+# Refused calls, name:x86_64:generic ("-": there is none; aarch64, riscv64 and loongarch64 share one table).
+# The key names the capabilities with any of which Docker allows them; "" is none. It is Docker's default
+# profile turned around: what that does not allow.
 REFUSED_CALLS = {
     "SYS_ADMIN BPF": "bpf:321:280",
     "SYS_ADMIN PERFMON": "perf_event_open:298:241",
     "SYS_ADMIN SYSLOG": "syslog:103:116",
-    "SYS_ADMIN": """mount:165:40 umount2:166:39 sethostname:170:161 setdomainname:171:162
-        quotactl:179:60 lookup_dcookie:212:18 unshare:272:97 fanotify_init:300:262 setns:308:268
-        open_tree:428:428 move_mount:429:429 fsopen:430:430 fsconfig:431:431 fsmount:432:432
-        fspick:433:433 mount_setattr:442:442 quotactl_fd:443:443 lsm_get_self_attr:459:459
-        lsm_set_self_attr:460:460 lsm_list_modules:461:461 clone3:435:435""",
+    "SYS_ADMIN": """mount:165:40 umount2:166:39 sethostname:170:161 setdomainname:171:162 quotactl:179:60
+        lookup_dcookie:212:18 unshare:272:97 fanotify_init:300:262 setns:308:268 open_tree:428:428
+        move_mount:429:429 fsopen:430:430 fsconfig:431:431 fsmount:432:432 fspick:433:433 clone3:435:435
+        mount_setattr:442:442 quotactl_fd:443:443 lsm_get_self_attr:459:459 lsm_set_self_attr:460:460
+        lsm_list_modules:461:461""",
     "SYS_BOOT": "reboot:169:142",
     "SYS_MODULE": "init_module:175:105 delete_module:176:106 finit_module:313:273",
-    "SYS_NICE": """mbind:237:235 set_mempolicy:238:237 get_mempolicy:239:236
-        set_mempolicy_home_node:450:450""",
+    "SYS_NICE": "mbind:237:235 set_mempolicy:238:237 get_mempolicy:239:236 set_mempolicy_home_node:450:450",
     "SYS_PACCT": "acct:163:89",
     "SYS_PTRACE": "kcmp:312:272 pidfd_getfd:438:438 process_madvise:440:440",
     "SYS_RAWIO": "iopl:172:- ioperm:173:-",
@@ -1790,10 +1789,10 @@ REFUSED_CALLS = {
         move_pages:279:239 kexec_file_load:320:294 userfaultfd:323:282 io_uring_setup:425:425
         io_uring_enter:426:426 io_uring_register:427:427""",
 }
-# ENOSYS, for which libc has another way, is the answer to numbers that nobody has looked at here yet:
-# those above the newest known call (x32's too, which have bit 30 set), and those of the gap up to 423,
-# which the kernel has begun to fill. From 424 on all machines share one numbering. A new call that is to
-# be let through raises LAST_CALL; what is refused among those up to it then needs its word above.
+# ENOSYS, for which libc has another way, is the answer to numbers that nobody has looked at here yet: those
+# above the newest known call (x32's too, which have bit 30 set), and those of the gap up to 423, which the
+# kernel has begun to fill. From 424 on all machines share one numbering. A new call that is to be let
+# through raises LAST_CALL; what is refused among those up to it then needs its word above.
 LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
 # Judged by the low 32 bits of an argument, which are all that the kernel looks at, too. After the numbers:
 # the argument's offset in struct seccomp_data, "=" a value or "&" any of these bits
@@ -1841,8 +1840,7 @@ def seccomp_filter(kept: "set[str]") -> bytes:
 
 def change_user(options: Options, uid: int, gid: int, groups: "list[int]", kept: "set[str]") -> None:
     """Become the command's user, with these capabilities at most. See credentials(7), capabilities(7)."""
-    status = read_file("/proc/self/status", "which capabilities are there")
-    bits = int(status.partition("\nCapBnd:\t")[2][:16], 16)
+    bits = int(read_file("/proc/self/status", "the bounding set").partition("\nCapBnd:\t")[2][:16], 16)
     for bit, name in enumerate(CAPABILITY_NAMES):
         if name in kept:
             if name in options.cap_add and not bits >> bit & 1:
@@ -1917,12 +1915,11 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
     takes a filter only from CAP_SYS_ADMIN; cutting the bounding set, groups and limits need what a change of
     user takes away. See credentials(7), seccomp(2).
     """
-    kept = set(DEFAULT_CAPABILITIES + options.cap_add)
-    if options.privileged or "ALL" in kept:
-        kept.update(CAPABILITY_NAMES)
+    everything = options.privileged or "ALL" in options.cap_add
+    names = CAPABILITY_NAMES if everything else DEFAULT_CAPABILITIES
     if "ALL" in options.cap_drop:
-        kept = set(options.cap_add)
-    kept.difference_update(options.cap_drop)
+        names = []
+    kept = {*names, *options.cap_add}.difference(options.cap_drop)
     if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
         write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
     if exists("/proc/keys"):  # a kernel built without keys has none to leak
@@ -2022,7 +2019,7 @@ def give_stdio(options: Options, uid: int, our_pipe: int) -> None:
 def enter_workdir(options: Options) -> None:
     """Stand where the command is to start: --workdir, or in host view the caller's directory."""
     chosen = options.workdir or ("/" if options.rootfs else "")
-    # other files under the same names
+    # there other files have the same names
     hidden = is_below(options.cwd, PRIVATE_PATHS + (("/tmp",) if options.rootless else ()))
     path = chosen or ("" if hidden else options.cwd)
     try:
@@ -2072,8 +2069,8 @@ def refuse_own_python(paths: "list[str]") -> None:
     for path in paths:
         for program in follow_interpreters(path):
             if attempt(is_own_python, program):
-                text = f"{path}: leads to the program that runs mydocker: refused"
-                raise Failure(text, "", EXIT_NOT_EXECUTABLE)
+                raise Failure(f"{path}: leads to the program that runs mydocker: refused", "",
+                              EXIT_NOT_EXECUTABLE)  # fmt: skip
 
 
 def is_own_python(path: str) -> bool:
@@ -2089,7 +2086,7 @@ def follow_interpreters(path: str) -> "list[str]":
     """Return `path` and the interpreters to which its #! leads, as the kernel reads it. See execve(2)."""
     found = [path]
     try:
-        while len(found) < 6:  # the kernel follows no more
+        for _ in range(5):  # the kernel follows no more
             mode = os.stat(found[-1]).st_mode
             if not stat.S_ISREG(mode) or not mode & 0o111:  # to read /proc/kmsg, a file, takes from it
                 break
