@@ -1964,9 +1964,10 @@ def set_up_network(options: Options) -> None:
     fd = call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that")
     request = struct.pack("16sH14x", b"lo", 1)  # struct ifreq: IFF_UP
     call("ioctl", fd, "SIOCSIFFLAGS", request, why="bring up lo")
-    groups = "0 0" if options.rootless else "0 2147483647"  # in a user namespace there is but one
     attempt(write_file, "/proc/sys/net/ipv4/ip_unprivileged_port_start", "0", "nobody is in the way there")
-    attempt(write_file, "/proc/sys/net/ipv4/ping_group_range", groups, "nor hurt by an echo")
+    attempt(write_file, "/proc/sys/net/ipv4/ping_group_range",
+            "0 0" if options.rootless else "0 2147483647",  # in a user namespace there is but one group
+            "nobody is hurt by an echo")  # fmt: skip
 
 
 def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> None:
