@@ -2029,7 +2029,8 @@ def enter_workdir(options: Options) -> None:
     except OSError:
         if chosen:
             raise
-        log.warning(f"the current directory {options.cwd} is not visible inside: starting in /")
+        where = options.cwd or "(deleted)"
+        log.warning(f"the current directory {where} is not visible inside: starting in /")
 
 
 def environment(options: Options, home: str) -> "dict[str, str]":
