@@ -1655,23 +1655,23 @@ def is_below(path: str, places: "tuple[str, ...]") -> bool:
 # What the container's root keeps: Docker's 14. MKNOD is harmless: where a node can be made all is nodev.
 DEFAULT_CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP
     NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE""".split()
+CAPABILITY_NAMES = CAPABILITIES + ["NEWER"] * 23  # one for each of 64 bits
 
-# Refused calls, name:x86_64:generic ("-": there is none; aarch64, riscv64 and loongarch64 share one
-# table). The key names the capabilities with any of which Docker allows them; "" is none. It is
-# Docker's default profile turned around: what that does not allow.
+# Refused calls, name:x86_64:generic ("-": there is none; aarch64, riscv64 and loongarch64 share one table).
+# The key names the capabilities with any of which Docker allows them; "" is none. It is Docker's default
+# profile turned around: what that does not allow.
 REFUSED_CALLS = {
     "SYS_ADMIN BPF": "bpf:321:280",
     "SYS_ADMIN PERFMON": "perf_event_open:298:241",
     "SYS_ADMIN SYSLOG": "syslog:103:116",
-    "SYS_ADMIN": """mount:165:40 umount2:166:39 sethostname:170:161 setdomainname:171:162
-        quotactl:179:60 lookup_dcookie:212:18 unshare:272:97 fanotify_init:300:262 setns:308:268
-        open_tree:428:428 move_mount:429:429 fsopen:430:430 fsconfig:431:431 fsmount:432:432
-        fspick:433:433 mount_setattr:442:442 quotactl_fd:443:443 lsm_get_self_attr:459:459
-        lsm_set_self_attr:460:460 lsm_list_modules:461:461""",
+    "SYS_ADMIN": """mount:165:40 umount2:166:39 sethostname:170:161 setdomainname:171:162 quotactl:179:60
+        lookup_dcookie:212:18 unshare:272:97 fanotify_init:300:262 setns:308:268 open_tree:428:428
+        move_mount:429:429 fsopen:430:430 fsconfig:431:431 fsmount:432:432 fspick:433:433 clone3:435:435
+        mount_setattr:442:442 quotactl_fd:443:443 lsm_get_self_attr:459:459 lsm_set_self_attr:460:460
+        lsm_list_modules:461:461""",
     "SYS_BOOT": "reboot:169:142",
     "SYS_MODULE": "init_module:175:105 delete_module:176:106 finit_module:313:273",
-    "SYS_NICE": """mbind:237:235 set_mempolicy:238:237 get_mempolicy:239:236
-        set_mempolicy_home_node:450:450""",
+    "SYS_NICE": "mbind:237:235 set_mempolicy:238:237 get_mempolicy:239:236 set_mempolicy_home_node:450:450",
     "SYS_PACCT": "acct:163:89",
     "SYS_PTRACE": "kcmp:312:272 pidfd_getfd:438:438 process_madvise:440:440",
     "SYS_RAWIO": "iopl:172:- ioperm:173:-",
@@ -1683,20 +1683,22 @@ REFUSED_CALLS = {
         move_pages:279:239 kexec_file_load:320:294 userfaultfd:323:282 io_uring_setup:425:425
         io_uring_enter:426:426 io_uring_register:427:427""",
 }
-# ENOSYS, for which libc has another way, is the answer to numbers that nobody has looked at here yet:
-# those above the newest known call (x32's too, which have bit 30 set), and those of the gap up to 423,
-# which the kernel has begun to fill. From 424 on all machines share one numbering. A new call that is to
-# be let through raises LAST_CALL; what is refused among those up to it then needs its word above.
+# ENOSYS, for which libc has another way, is the answer to numbers that nobody has looked at here yet: those
+# above the newest known call (x32's too, which have bit 30 set), and those of the gap up to 423, which the
+# kernel has begun to fill. From 424 on all machines share one numbering. A new call that is to be let
+# through raises LAST_CALL; what is refused among those up to it then needs its word above.
 LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
-# clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc falls back to clone
-CLONE3 = 435
-# Judged by the low 32 bits of an argument, which are all that the kernel looks at, too; the numbers
-# are those of x86_64 and of the others, as above
-CLONE, SOCKET, PERSONALITY, IOCTL = (56, 220), (41, 198), (135, 92), (16, 29)
-NAMESPACE_FLAGS = 0x7E020000  # all CLONE_NEW*: in a user namespace of its own, root has powers again
-REFUSED_FAMILIES = (38, 40)  # AF_ALG, AF_VSOCK: no namespace divides them
-ALLOWED_PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
-REFUSED_REQUESTS = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: they type into a terminal
+# Judged by the low 32 bits of an argument, which are all that the kernel looks at, too. After the numbers:
+# the argument's offset in struct seccomp_data, "=" a value or "&" any of these bits
+JUDGED_CALLS = {
+    # all CLONE_NEW*: in a user namespace of its own, root has powers again
+    "SYS_ADMIN": "clone:56:220:16:&:0x7E020000",
+    # AF_ALG, AF_VSOCK: no namespace divides them; all personalities but the question which it is, PER_LINUX,
+    # PER_LINUX32 and UNAME26; TIOCSTI, TIOCLINUX: they type into a terminal
+    "": """socket:41:198:16:=:38 socket:41:198:16:=:40
+        question:135:92:16:=:0xFFFFFFFF personality:135:92:16:&:0xFFFDFFF7
+        ioctl:16:29:24:=:0x5412 ioctl:16:29:24:=:0x541C""",
+}
 
 
 def seccomp_filter(kept: "set[str]") -> bytes:
@@ -1706,69 +1708,53 @@ def seccomp_filter(kept: "set[str]") -> bytes:
     architecture at 4, six 64-bit arguments from 16. A step is (code, how far to jump if true, if
     false, value), counted from the next step. Calls that take a capability in `kept` are let through.
     """
-    # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_JGE, BPF_JSET, BPF_RET
-    load, equal, at_least, any_bit, verdict = 0x20, 0x15, 0x35, 0x45, 0x06
-    # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO with the error that the call is to return
-    allow, refuse, unknown = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
-
-    def if_so(test: int, result: int, *values: int) -> "list[tuple[int, int, int, int]]":
-        # when the test fails, jump over the verdict
-        return [step for value in values for step in ((test, 0, 1, value), (verdict, 0, 0, result))]
-
-    program = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURE), (verdict, 0, 0, unknown), (load, 0, 0, 0)]
-    program += if_so(at_least, unknown, LAST_CALL + 1)
-    program += [(at_least, 2, 0, GAP_TO + 1), *if_so(at_least, unknown, GAP_FROM[COLUMN])]  # 2: over if_so
-    for capabilities, calls in REFUSED_CALLS.items():
+    # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_JGE, BPF_JSET
+    load, equal, at_least, any_bit = 0x20, 0x15, 0x35, 0x45
+    # BPF_RET: SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO with EPERM and with ENOSYS
+    allow, refuse, unknown = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50001), (6, 0, 0, 0x50026)
+    # clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc falls back to clone
+    others = {"clone3": unknown, "question": allow}
+    program = [
+        (load, 0, 0, 4), (equal, 1, 0, ARCHITECTURE), unknown,
+        (load, 0, 0, 0), (at_least, 0, 1, LAST_CALL + 1), unknown,
+        (at_least, 0, 2, GAP_FROM[COLUMN]), (at_least, 1, 0, GAP_TO + 1), unknown,
+    ]  # fmt: skip
+    for capabilities, calls in (*REFUSED_CALLS.items(), *JUDGED_CALLS.items()):
         for row in calls.split() if kept.isdisjoint(capabilities.split()) else ():
-            number = row.split(":")[1 + COLUMN]
-            if number != "-":
-                program += if_so(equal, refuse, int(number))
-    if "SYS_ADMIN" not in kept:
-        program += if_so(equal, unknown, CLONE3)
-    for numbers, argument, tests in (
-        (CLONE, 0, [] if "SYS_ADMIN" in kept else if_so(any_bit, refuse, NAMESPACE_FLAGS)),
-        (SOCKET, 0, if_so(equal, refuse, *REFUSED_FAMILIES)),
-        (PERSONALITY, 0, [*if_so(equal, allow, *ALLOWED_PERSONALITIES), (verdict, 0, 0, refuse)]),
-        (IOCTL, 1, if_so(equal, refuse, *REFUSED_REQUESTS)),
-    ):
-        body = [(load, 0, 0, 16 + 8 * argument), *tests, (verdict, 0, 0, allow)]
-        program += [(equal, 0, len(body), numbers[COLUMN]), *body]
-    program.append((verdict, 0, 0, allow))
-    return b"".join(struct.pack("HBBI", *step) for step in program)  # struct sock_filter
+            name, *words = row.split(":")
+            steps = [others.get(name, refuse)]
+            if words[2:]:
+                offset, test, value = words[2:]
+                judge = (any_bit if test == "&" else equal, 0, 1, int(value, 0))
+                steps = [(load, 0, 0, int(offset)), judge, *steps, (load, 0, 0, 0)]
+            if words[COLUMN] != "-":
+                program += [(equal, 0, len(steps), int(words[COLUMN])), *steps]
+    return b"".join(struct.pack("HBBI", *step) for step in [*program, allow])  # struct sock_filter
 
 
-def find_kept_capabilities(options: Options) -> "set[str]":
-    """Return the capabilities that the container's root keeps."""
-    kept = set(DEFAULT_CAPABILITIES)
-    if options.privileged or "ALL" in options.cap_add:
-        kept = {"ALL", *CAPABILITIES}
-    kept = set() if "ALL" in options.cap_drop else kept
-    return (kept | set(options.cap_add)) - set(options.cap_drop)
+def change_user(options: Options, uid: int, gid: int, groups: "list[int]", kept: "set[str]") -> None:
+    """Become the command's user, with these capabilities at most. See credentials(7), capabilities(7)."""
+    bits = int(read_file("/proc/self/status", "the bounding set").partition("\nCapBnd:\t")[2][:16], 16)
+    for bit, name in enumerate(CAPABILITY_NAMES):
+        if name in kept:
+            if name in options.cap_add and not bits >> bit & 1:
+                raise Failure(f"--cap-add {name}: mydocker was started without it")
+        elif bits >> bit & 1:  # execve gives root all of the bounding set, whatever capset leaves
+            call("prctl", "PR_CAPBSET_DROP", bit, 0, 0, 0, why=f"{name}: for nobody inside")
+            bits -= 1 << bit
+    if not options.rootless:  # denied there: who gives up a group may open a file that shuts it out
+        call("setgroups", groups, why="its groups, none of the caller's")
+    call("setresgid", gid, gid, gid, why="its group")
+    call("setresuid", uid, uid, uid, why="its user")
+    # _LINUX_CAPABILITY_VERSION_3, this thread; effective, permitted, inheritable, of each 32 bits and then 32
+    # more. Inheritable and, with it, ambient are emptied: through them the caller's would survive execve
+    high, low = divmod(0 if uid else bits, 1 << 32)
+    call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", low, low, 0, high, high, 0),
+         why="keep these capabilities and no others")  # fmt: skip
+    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="again: the change of user took that back")
 
 
-def set_capabilities(kept: "set[str]") -> int:
-    """Reduce effective and permitted to `kept`, as far as we have it; return that as a bit set.
-
-    After a change to another user there is nothing left: the kernel took it. Inheritable and, with
-    it, ambient are emptied: through them the caller's capabilities would survive execve. See capset(2).
-    """
-    header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3; this thread
-    current = ctypes.create_string_buffer(24)
-    call("capget", header, current, why="which capabilities are there")
-    words = struct.unpack("6I", current.raw)  # effective, permitted, inheritable; twice 32 bits
-    wanted = sum(1 << bit for bit in range(64) if capability_name(bit) in kept)
-    low, high = words[1] & wanted, words[4] & (wanted >> 32)  # permitted, as far as it is wanted
-    data = struct.pack("6I", low, low, 0, high, high, 0)
-    call("capset", header, data, why="keep these capabilities and no others")
-    return low | high << 32
-
-
-def capability_name(bit: int) -> str:
-    """Return the name of capability `bit`; "ALL" stands for those newer than the list."""
-    return CAPABILITIES[bit] if bit < len(CAPABILITIES) else "ALL"
-
-
-def read_inside(path: str) -> "list[list[str]]":
+def read_inside(path: str, colons: int) -> "list[list[str]]":
     """Return the fields of a file like /etc/passwd inside; none when there is no such file."""
     try:
         fd = open_inside(path, "look up the user")
@@ -1780,8 +1766,13 @@ def read_inside(path: str) -> "list[list[str]]":
     if not stat.S_ISREG(status.st_mode) or status.st_dev in kernels or status.st_size > 64 << 20:
         raise Failure(f"{path} in the container is not a regular file of at most 64 MiB")
     lines = read_file(at(fd), f"look up the user in {path}").split("\n")
-    os.close(fd)
-    return [line.split(":") for line in lines if line.count(":") > 2 and "\0" not in line]
+    return [line.split(":") for line in lines if line.count(":") >= colons and "\0" not in line]
+
+
+def look_up(word: str, rows: "list[list[str]]") -> "list[str]":
+    """Return the first row of this name; of this number, if it is one; or one that says nothing more."""
+    column = 2 if word.isdecimal() else 0
+    return next((row for row in rows if row[column] == word), ["", "", word, "0", "", "/"])
 
 
 def find_user(options: Options) -> "tuple[int, int, list[int], str]":
@@ -1789,26 +1780,26 @@ def find_user(options: Options) -> "tuple[int, int, list[int], str]":
 
     A number is looked up for its home and its groups, never as a name. See passwd(5), group(5).
     """
+    asked = f"--user {options.user or 0}"
     user, _, group = options.user.partition(":")
-    user, name, gid, home = user or "0", "", "0", "/"
-    for row in read_inside("/etc/passwd"):
-        if len(row) > 5 and user == row[2 if user.isdecimal() else 0]:
-            name, _, user, gid, _, home = row[:6]
-            break
-    table = read_inside("/etc/group")
-    groups = [row[2] for row in table if name and not group and name in row[3].split(",")]
-    by_name = {row[0]: row[2] for row in reversed(table)}
-    gid, *added = [word if word.isdecimal() else by_name.get(word, word)
-                   for word in (group or gid, *options.group_add)]  # fmt: skip
-    numbers = [user, gid, *added, *groups]
-    for place, number in enumerate(numbers):
-        if not (number.isascii() and number.isdecimal() and len(number) < 11 and int(number) < (1 << 32) - 1):
-            what = "group" if place else "user"
-            raise Failure(f"--user {options.user or 0}: no such {what} in the container's /etc: {number!r}")
-    uid, *gids = map(int, numbers)
-    if len(gids) > 65536:  # NGROUPS_MAX of <linux/limits.h>
-        raise Failure(f"--user {options.user or 0}: in more than 65536 groups of the container's /etc")
-    return uid, gids[0], list(dict.fromkeys(gids)), home or "/"
+    name, _, user, gid, _, home, *_ = look_up(user or "0", read_inside("/etc/passwd", 5))
+    table = read_inside("/etc/group", 3)
+    numbers = [user, *[look_up(word, table)[2] for word in (group or gid, *options.group_add)]]
+    numbers += [row[2] for row in table if name and not group and name in row[3].split(",")]
+    ids: "list[int]" = []
+    for number in numbers:
+        try:
+            ids.append(parse_whole(number, 0, (1 << 32) - 2))
+        except ValueError:
+            what = "group" if ids else "user"
+            raise Failure(f"{asked}: no such {what} in the container's /etc: {number!r}") from None
+    groups = list(dict.fromkeys(ids[1:]))
+    if len(groups) > 65536:  # NGROUPS_MAX of <linux/limits.h>
+        raise Failure(f"{asked}: in more than 65536 groups of the container's /etc")
+    if options.rootless and any(ids[:2]):
+        raise Failure(f"{asked}: without root there is but one user inside: 0, the caller",
+                      "with sudo there are all")  # fmt: skip
+    return ids[0], ids[1], groups, home or "/"
 
 
 def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -> None:
@@ -1818,42 +1809,27 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
     takes a filter only from CAP_SYS_ADMIN; cutting the bounding set, groups and limits need what a change of
     user takes away. See credentials(7), seccomp(2).
     """
-    kept = find_kept_capabilities(options)
+    everything = options.privileged or "ALL" in options.cap_add
+    names = CAPABILITY_NAMES if everything else DEFAULT_CAPABILITIES
+    if "ALL" in options.cap_drop:
+        names = []
+    kept = {*names, *options.cap_add}.difference(options.cap_drop)
     if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
         write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
-    try:
+    if exists("/proc/keys"):  # a kernel built without keys has none to leak
         call("keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="a keyring of its own, not that of root")
-    except OSError as error:
-        if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
-            raise
-    last = int(read_file("/proc/sys/kernel/cap_last_cap", "how many capabilities there are"))
-    for bit in range(last + 1):  # execve gives root all of the bounding set, whatever capset leaves
-        if capability_name(bit) not in kept:
-            call("prctl", "PR_CAPBSET_DROP", bit, 0, 0, 0, why=f"{capability_name(bit)}: for nobody inside")
     for name, limit in options.ulimit:
         call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
     if options.process_limit:  # refused where the caller's own is lower already
-        limit = options.process_limit
-        attempt(call, "setrlimit", RESOURCES.index("nproc"), limit, why="--pids-limit without a cgroup")
+        attempt(call, "setrlimit", RESOURCES.index("nproc"), options.process_limit,
+                why="--pids-limit without a cgroup")  # fmt: skip
     if not options.privileged and "seccomp=unconfined" not in options.security_opt:
         program = ctypes.create_string_buffer(seccomp_filter(kept))
         # struct sock_fprog: how many steps, where they are
         fprog = ctypes.create_string_buffer(struct.pack("HP", len(program) // 8, ctypes.addressof(program)))
-        why = "from here on the kernel asks this filter at every call"
-        call("prctl", "PR_SET_SECCOMP", "SECCOMP_MODE_FILTER", ctypes.addressof(fprog), 0, 0, why=why)
-    try:
-        if not options.rootless:  # denied there: who gives up a group may open a file that shuts it out
-            call("setgroups", groups, why="its groups, none of the caller's")
-        call("setresgid", gid, gid, gid, why="its group")
-        call("setresuid", uid, uid, uid, why="its user")
-    except OSError as error:
-        hint = "without root there is but one user inside: 0, the caller; with sudo there are all"
-        raise Failure(f"--user {options.user}: {error.strerror}", hint if options.rootless else "") from None
-    had = set_capabilities(kept)
-    for name in options.cap_add:
-        if uid == 0 and name in kept and name != "ALL" and not had >> CAPABILITIES.index(name) & 1:
-            raise Failure(f"--cap-add {name}: mydocker was started without it")
-    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="again: the change of user took that back")
+        call("prctl", "PR_SET_SECCOMP", "SECCOMP_MODE_FILTER", ctypes.addressof(fprog), 0, 0,
+             why="from here on the kernel asks this filter at every call")  # fmt: skip
+    change_user(options, uid, gid, groups, kept)
     if not options.privileged and "no-new-privileges=false" not in options.security_opt:
         call("prctl", "PR_SET_NO_NEW_PRIVS", 1, 0, 0, 0, why="setuid programs give nothing more")
 
@@ -1882,10 +1858,10 @@ def set_up_network(options: Options) -> None:
     fd = call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that")
     request = struct.pack("16sH14x", b"lo", 1)  # struct ifreq: IFF_UP
     call("ioctl", fd, "SIOCSIFFLAGS", request, why="bring up lo")
-    os.close(fd)
-    groups = "0 0" if options.rootless else "0 2147483647"  # in a user namespace there is but one
-    for name, value in (("ip_unprivileged_port_start", "0"), ("ping_group_range", groups)):
-        attempt(write_file, f"/proc/sys/net/ipv4/{name}", value, "nobody is in the way there")
+    attempt(write_file, "/proc/sys/net/ipv4/ip_unprivileged_port_start", "0", "nobody is in the way there")
+    attempt(write_file, "/proc/sys/net/ipv4/ping_group_range",
+            "0 0" if options.rootless else "0 2147483647",  # in a user namespace there is but one group
+            "nobody is hurt by an echo")  # fmt: skip
 
 
 def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> None:
@@ -1894,88 +1870,80 @@ def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> N
     Late, so that this interpreter is not charged and small limits work; before the command's first
     instruction, so that no child of it can be outside.
     """
-    steps = [(number, fd, data, cgroup) for cgroup in cgroups
-             for number, (fd, data) in enumerate(cgroup.joins)]  # fmt: skip
-    for number, fd, data, cgroup in sorted(steps, key=lambda step: step[0]):
-        if number == 1:  # --privileged on v2: the first is to be the root of the namespace
-            call("unshare", "CLONE_NEWCGROUP", why="its root is the cgroup that it is made in")
+    for cgroup in cgroups:
+        fd, data = cgroup.joins.pop(0)
         try:
             call("write", fd, data, why=f'join the cgroup, "0" is the one who writes ({cgroup.directory})')
         except OSError as error:  # v1's cpu lets no real-time caller in; that matters to who asked for it
             if cgroup.is_asked or cgroup.version == 2 or error.errno != errno.EINVAL:
                 raise
-    if not any(number for number, *_ in steps):
-        call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
+    call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
+    for cgroup in cgroups:
+        for fd, data in cgroup.joins:  # --privileged on v2: that root is to be divided further
+            call("write", fd, data, why=f"go below, and hand the controllers down ({cgroup.directory})")
     flags = INERT if options.privileged else f"MS_RDONLY|{INERT}"
-    why = "the container's own cgroup, nothing above"
     for cgroup, place in places:
         if cgroup:
-            fstype = "cgroup" if cgroup.version == 1 else "cgroup2"
-            mount(fstype, at(place), fstype, flags, cgroup.controllers or None, why)
+            fstype = "cgroup" if cgroup.controllers else "cgroup2"
+            mount("cgroup", at(place), fstype, flags, cgroup.controllers, "its own cgroup, nothing above")
 
 
 def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
     """Give the command 0 to 2: a terminal of its own, pipes to run(), or the caller's files."""
-    targets = dict(stdio)
     if options.tty:
-        why = "the terminal whose other end run() holds"
-        fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why=why)
+        fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why="run() holds its other end")
         call("ioctl", fd, "TIOCSCTTY", 0, why="the controlling terminal: Ctrl-C, job control")
         create_file("/dev/console", "")
         why = "its terminal by another name"
         attach(clone_tree("/dev/pts/0", why), open_path("/dev/console", why), why)
-        targets = {0: fd, 1: fd, 2: fd}
+        stdio = dict.fromkeys(range(3), fd)
     elif not options.interactive:
-        targets[0] = call("open", "/dev/null", "O_RDONLY|O_CLOEXEC", why="without -i there is no stdin")
-    for target, fd in targets.items():
+        stdio[0] = call("open", "/dev/null", "O_RDONLY|O_CLOEXEC", why="without -i there is no stdin")
+    for target, fd in stdio.items():
         call("dup2", fd, target, why="stdin, stdout, stderr")
 
 
 def give_stdio(options: Options, uid: int, our_pipe: int) -> None:
     """Give terminals and pipes at 0 to 2 to the command's user, who may want to open /dev/stdout by name."""
-    pipes = os.fstat(our_pipe).st_dev  # of all pipes without a name: a FIFO of the host's stays as it is
-    for fd in (0, 1, 2) if uid and not options.rootless else ():
-        if os.isatty(fd) or os.fstat(fd).st_dev == pipes:
+    for fd in range(3) if uid else ():
+        # pipes without a name: a FIFO of the host's stays as it is
+        if os.isatty(fd) or os.readlink(at(fd)).startswith("pipe:"):
             call("fchown", fd, uid, -1, why="it is its user's")
 
 
 def enter_workdir(options: Options) -> None:
     """Stand where the command is to start: --workdir, or in host view the caller's directory."""
-    if options.workdir or options.rootfs:
-        path = options.workdir or "/"
-        call("fchdir", open_inside(path, "--workdir", "dir"), why=f"start in {path}")
-        return
-    private = PRIVATE_PATHS + (("/tmp",) if options.rootless else ())  # other files under the same names
-    hidden = is_below(options.cwd, private)
-    fd = None if hidden else attempt(open_inside, options.cwd, "the caller's directory")
-    if not fd or not is_directory(fd):
-        where = options.cwd or "which is deleted,"
+    chosen = options.workdir or ("/" if options.rootfs else "")
+    # there other files have the same names
+    hidden = is_below(options.cwd, PRIVATE_PATHS + (("/tmp",) if options.rootless else ()))
+    path = chosen or ("" if hidden else options.cwd)
+    try:
+        fd = open_inside(path, "--workdir", "dir" if chosen else "")
+        call("fchdir", fd, why=f"start in {path}")
+    except OSError:
+        if chosen:
+            raise
+        where = options.cwd or "(deleted)"
         log.warning(f"the current directory {where} is not visible inside: starting in /")
-    else:
-        call("fchdir", fd, why="the caller's directory")
 
 
 def environment(options: Options, home: str) -> "dict[str, str]":
     """Return the command's environment: these and what --env names, nothing else of the caller's."""
-    env = {"PATH": DEFAULT_PATH, "HOSTNAME": options.hostname}
-    if options.tty:
-        env["TERM"] = "xterm"
-    for text in [*sum(options.env_file, []), *options.env]:
+    env = {"PATH": DEFAULT_PATH, "HOSTNAME": options.hostname, "TERM": "xterm" if options.tty else None}
+    for text in sum(options.env_file, []) + options.env:
         name, equals, value = text.partition("=")
-        env.pop(name, None)
-        if equals or name in os.environ:
-            env[name] = value if equals else os.environ[name]
+        env[name] = value if equals else os.environ.get(name)
     env["HOME"] = env.get("HOME") or home
-    return env
+    return {name: value for name, value in env.items() if value is not None}
 
 
 def restore_signals(caller_mask: "set[int]") -> None:
-    """Reset what execve would hand on: ignored signals, but nohup's, and the mask of run()."""
-    for number in signal.valid_signals():
-        ignored = signal.getsignal(number) == signal.SIG_IGN
-        # SIGINT has a handler of Python's: a pending one would be a KeyboardInterrupt
-        if ignored and number != signal.SIGHUP or number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+    """Reset what execve would hand on: ignored signals, and the mask of run().
+
+    A handler of Python's would take a pending SIGINT. HUP stays as the caller has it, who may be nohup.
+    """
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGHUP}:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
 
 
@@ -1995,35 +1963,39 @@ def refuse_own_python(paths: "list[str]") -> None:
     read. What is exchanged after this look, run() sees when it holds the new program: Container.reap().
     """
     for path in paths:
-        for _ in range(6):  # the command, and the 5 interpreters that the kernel follows
-            if attempt(is_own_python, path):
-                text = f"{path}: leads to the program that runs mydocker: refused"
-                raise Failure(text, "", EXIT_NOT_EXECUTABLE)
-            path = attempt(find_interpreter, path)
-            if not path:
-                break
+        for program in follow_interpreters(path):
+            if attempt(is_own_python, program):
+                raise Failure(f"{path}: leads to the program that runs mydocker: refused", "",
+                              EXIT_NOT_EXECUTABLE)  # fmt: skip
 
 
 def is_own_python(path: str) -> bool:
-    """Tell whether `path` is the program of this process: the same file, by the same mount.
+    """Tell whether `path` is the program of this process, by the mount that it is in.
 
-    By another mount, as with the host's /usr in a volume, it is like any other file that is there.
+    Every mount of the container, copies of the host's, too, has a number of its own: no other file of it is
+    in that one. By another mount, as with the host's /usr in a volume, Python is a file like others.
     """
-    own = "/proc/self/exe"
-    return os.path.samestat(os.stat(path), os.stat(own)) and mount_id(path) == mount_id(own)
+    return mount_id(path) == mount_id("/proc/self/exe")
 
 
-def find_interpreter(path: str) -> str:
-    """Return what the #! of a script names, as the kernel reads it, or "". See execve(2)."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) or not mode & 0o111:  # /proc/kmsg is a file, too, and to read it takes from it
-        return ""
-    fd = os.open(path, os.O_RDONLY)
-    head = os.read(fd, 256)
-    os.close(fd)
-    # up to a newline or a NUL; words part at spaces and tabs, not at all that bytes.split() takes
-    line = head[2:].partition(b"\n")[0].partition(b"\0")[0].replace(b"\t", b" ")
-    return os.fsdecode(next(filter(None, line.split(b" ")), b"")) if head[:2] == b"#!" else ""
+def follow_interpreters(path: str) -> "list[str]":
+    """Return `path` and the interpreters to which its #! leads, as the kernel reads it. See execve(2)."""
+    found = [path]
+    try:
+        for _ in range(5):  # the kernel follows no more
+            mode = os.stat(found[-1]).st_mode
+            if not stat.S_ISREG(mode) or not mode & 0o111:  # to read /proc/kmsg, a file, takes from it
+                break
+            with open(found[-1], "rb", 0) as file:
+                head = file.read(256)
+            if head[:2] != b"#!":
+                break
+            # after spaces and tabs a word up to one of these, which are fewer than those of bytes.split()
+            ends = bytes.maketrans(b" \t\n", b"\0\0\0")
+            found.append(os.fsdecode(head[2:].lstrip(b" \t").translate(ends).partition(b"\0")[0]))
+    except OSError:
+        pass  # what is not there, or cannot be read, leads nowhere
+    return found
 
 
 def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[str, str]") -> None:
@@ -2032,19 +2004,15 @@ def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[
     By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
     """
     hint = "" if options.rootfs else "there are no images here: --rootfs DIR names a root filesystem"
-    failure = Failure(f"{argv[0] or repr(argv[0])}: command not found", hint, EXIT_NOT_FOUND)
+    failure = Failure(f"{argv[0] or '(nothing)'}: command not found", hint, EXIT_NOT_FOUND)
     for path in paths:
         try:
             call("execve", path, argv, env, why="become the command, as PID 1 of the container")
         except (FileNotFoundError, NotADirectoryError):
-            what = path
-            while os.path.isfile(what) and (interpreter := attempt(find_interpreter, what)):
-                what = interpreter
             if os.path.isfile(path):
-                what = "the ELF loader" if what == path else what
-                text = f"{path}: its interpreter, {what}, is not in the container"
-                failure = Failure(text, "", EXIT_NOT_FOUND)
-                break
+                last = follow_interpreters(path)[-1]
+                what = "the ELF loader" if last == path else last
+                raise Failure(f"{path}: its interpreter, {what}, is not in the container", "", EXIT_NOT_FOUND)
         except OSError as error:
             why = "it is a directory" if os.path.isdir(path) else os.strerror(error.errno)
             failure = Failure(f"{path}: cannot execute: {why}", "", EXIT_NOT_EXECUTABLE)
