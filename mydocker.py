@@ -130,11 +130,11 @@ def init(options: "Options", cgroups: "list[Cgroup]", command_read: int, ready_w
     attach_stdio(options, stdio)  # before the volumes: null device and terminal are ours, whatever they cover
     rootfs.furnish()
     uid, gid, groups, home = find_user(options)
-    give_stdio(options, uid, ready_write)
+    give_stdio(uid)
     enter_workdir(options)
     rootfs.freeze()
     env = environment(options, home)
-    paths = find_command(argv[0], env["PATH"])
+    paths = find_command(argv[0], env.get("PATH", DEFAULT_PATH))
     refuse_own_python(paths)
     join_cgroups(options, cgroups, rootfs.cgroup_places)
     close_all_but(ready_write, log.fd)
@@ -199,7 +199,7 @@ class Log:
 
     def set_up(self, options: "Options") -> None:
         """Take --log-format and --explain from the options; leave descriptor 2 to the command."""
-        self.explain, self.fd = options.explain, open_unblocked(2, os.O_WRONLY)
+        self.explain, self.fd = options.explain, open_unblocked(2)
         if options.log_format == "json":
             import json  # 7 ms, for those who want it
 
@@ -215,7 +215,8 @@ class Log:
         # a name that an image or a caller chose must not add a line, nor speak to the terminal
         data = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).encode() + self.end
         try:  # a stderr that is stopped or gone must not change the end; but --explain loses no step
-            while data and poll({self.fd: select.POLLOUT}, None if self.explain else time.monotonic() + 1):
+            patience = math.inf if self.explain else 1
+            while data and poll({self.fd: select.POLLOUT}, time.monotonic() + patience):
                 data = data[os.write(self.fd, data) :]
         except OSError:
             pass
@@ -261,7 +262,7 @@ MOVE_MOUNT_F_EMPTY_PATH=0x4 MOVE_MOUNT_T_EMPTY_PATH=0x40
 AT_FDCWD=-100 AT_EMPTY_PATH=0x1000 AT_RECURSIVE=0x8000
 RESOLVE_NO_MAGICLINKS=0x2 RESOLVE_NO_SYMLINKS=0x4 RESOLVE_IN_ROOT=0x10
 PR_SET_PDEATHSIG=1 PR_SET_SECCOMP=22 PR_CAPBSET_DROP=24 PR_SET_NO_NEW_PRIVS=38 SECCOMP_MODE_FILTER=2
-PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_LISTEN=0x4208 PTRACE_O_TRACEEXEC=0x10
+PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_O_TRACEEXEC=0x10
 KEYCTL_JOIN_SESSION_KEYRING=1 AF_INET=2 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
 TIOCSPTLCK=0x40045431 TIOCGPTPEER=0x5441
 """.split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h ptrace.h keyctl.h, <asm/ioctls.h>
@@ -272,9 +273,9 @@ TIOCSPTLCK=0x40045431 TIOCGPTPEER=0x5441
 # long; and, where not every libc has the call, its number on x86_64 and on the others, for syscall(2).
 # Where Python has a function of that name it makes the call.
 _PROTOTYPES = {name: rest for name, *rest in (row.split(":") for row in """
-    capget:ss capset:ss chmod:so close_range:iii:436:436 flock:ii ioctl:iis keyctl:is:250:219 kill:ii
+    capset:ss chmod:so close_range:iii:436:436 flock:ii ftruncate:ii ioctl:iis keyctl:is:250:219 kill:ii
     makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL:442:442 move_mount:isisi:429:429 open:sio
-    open_tree:isi:428:428 openat2:issL:437:437 pipe2:i pivot_root:ss prctl:iLLLL ptrace:iiLL setraw:ii
+    open_tree:isi:428:428 openat2:issL:437:437 pipe2:i pivot_root:ss prctl:iLLLL ptrace:iiLL
     sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:ii umount2:si unshare:i waitpid:ii
     """.split())}  # fmt: skip
 _TYPES = {"s": ctypes.c_char_p, "i": ctypes.c_int, "L": ctypes.c_ulong}
@@ -363,6 +364,11 @@ mount("overlay"  ELOOP  the same directory twice: each --rootfs has to be anothe
 mount("overlay"  EOVERFLOW  the rootfs is another user's: build it as this one, or use sudo
 mount("proc"  EPERM  a part of /proc is covered here, as in a container: sudo is needed for another
 pivot_root  EINVAL  an initramfs cannot be swapped: mount another root, and switch_root to it
+MS_PRIVATE  EINVAL  this is a chroot: unshare --mount, bind it on itself, and pivot_root into it
+CLONE_NEWUSER  EPERM  sudo sysctl kernel.unprivileged_userns_clone=1, or use sudo; or a --privileged container
+CLONE_NEWUSER  ENOSPC  sudo sysctl user.max_user_namespaces=15000, or use sudo
+CLONE_NEWUSER  EINVAL  this kernel has no user namespaces: use sudo
+in the user namespace  EPERM  sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0, or use sudo
 CLONE_NEWPID  EPERM  root here lacks CAP_SYS_ADMIN, as in a container that was started without --privileged
 join the cgroup  EINVAL  a real-time caller has no budget in a new cgroup: chrt --other 0 python3 ...
 in the rootfs  ELOOP  a symlink in its place is refused: it could lead out of the rootfs
@@ -442,22 +448,20 @@ def write_file(path: str, value: str, why: str) -> None:
         os.close(fd)
 
 
-def poll(interests: "dict[int, int]", deadline: "float | None") -> "dict[int, int]":
+def poll(interests: "dict[int, int]", deadline: float) -> "dict[int, int]":
     """Wait until one of the descriptors is ready, or until the deadline; return what is. See poll(2)."""
     waiter = select.poll()
     for fd, events in interests.items():
         waiter.register(fd, events)
-    if deadline is None:
-        return dict(waiter.poll())
     return dict(waiter.poll(min(max(0, (deadline - time.monotonic()) * 1000 + 1), 1 << 30)))
 
 
-def open_unblocked(fd: int, mode: int) -> int:
+def open_unblocked(fd: int) -> int:
     """Return another descriptor for `fd`; if it is a terminal, one by which nobody waits for it.
 
     Opened anew, because O_NONBLOCK on the caller's own would be seen by all who share it.
     """
-    flags = mode | os.O_NOCTTY | os.O_NONBLOCK
+    flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK
     return os.isatty(fd) and attempt(os.open, at(fd), flags) or fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
@@ -1613,7 +1617,8 @@ def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_F
 def create_file(path: str, text: str, why: str = "a file of the container's own") -> None:
     """Create a file, which is not there yet."""
     fd = call("open", path, "O_WRONLY|O_CREAT|O_EXCL|O_CLOEXEC", 0o644, why=why)
-    os.write(fd, os.fsencode(text))
+    if text:
+        call("write", fd, os.fsencode(text), why=why)
     os.close(fd)
 
 
@@ -1883,9 +1888,8 @@ def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> N
             call("write", fd, data, why=f"go below, and hand the controllers down ({cgroup.directory})")
     flags = INERT if options.privileged else f"MS_RDONLY|{INERT}"
     for cgroup, place in places:
-        if cgroup:
-            fstype = "cgroup" if cgroup.controllers else "cgroup2"
-            mount("cgroup", at(place), fstype, flags, cgroup.controllers, "its own cgroup, nothing above")
+        fstype = "cgroup" if cgroup.controllers else "cgroup2"
+        mount("cgroup", at(place), fstype, flags, cgroup.controllers, "its own cgroup, nothing above")
 
 
 def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
@@ -1893,9 +1897,8 @@ def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
     if options.tty:
         fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why="run() holds its other end")
         call("ioctl", fd, "TIOCSCTTY", 0, why="the controlling terminal: Ctrl-C, job control")
-        create_file("/dev/console", "")
         why = "its terminal by another name"
-        attach(clone_tree("/dev/pts/0", why), open_path("/dev/console", why), why)
+        attach(clone_tree("/dev/pts/0", why), open_inside("/dev/console", why, "file"), why)
         stdio = dict.fromkeys(range(3), fd)
     elif not options.interactive:
         stdio[0] = call("open", "/dev/null", "O_RDONLY|O_CLOEXEC", why="without -i there is no stdin")
@@ -1903,7 +1906,7 @@ def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
         call("dup2", fd, target, why="stdin, stdout, stderr")
 
 
-def give_stdio(options: Options, uid: int, our_pipe: int) -> None:
+def give_stdio(uid: int) -> None:
     """Give terminals and pipes at 0 to 2 to the command's user, who may want to open /dev/stdout by name."""
     for fd in range(3) if uid else ():
         # pipes without a name: a FIFO of the host's stays as it is
@@ -2207,7 +2210,7 @@ class Container:
 
         4 KiB at a time: a pty gives no more, and a pipe that polls writable takes as much.
         """
-        caller = open_unblocked(number, os.O_RDWR)
+        caller = open_unblocked(number)
         source, target = (ours, caller) if number else (caller, ours)
         held = b""
         while True:
@@ -2319,18 +2322,10 @@ def enter_user_namespace() -> None:
     Before any other namespace: to make one takes CAP_SYS_ADMIN, which is had in this one only.
     """
     uid, gid = os.geteuid(), os.getegid()
-    try:
-        call("unshare", "CLONE_NEWUSER", why="a user namespace: in it, its maker is root")
-        write_file("/proc/self/setgroups", "deny", "the kernel wants this before a gid_map")
-        write_file("/proc/self/gid_map", f"0 {gid} 1", "group 0 inside is the caller's")
-        write_file("/proc/self/uid_map", f"0 {uid} 1", "user 0 inside is the caller")
-    except OSError as error:
-        hint = ("kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), kernel.unprivileged_userns_clone=1 "
-                "(Debian), or use sudo; in a container: start that one with --privileged")  # fmt: skip
-        if error.errno == errno.ENOSPC:
-            hint = "user.max_user_namespaces=15000, or use sudo"
-        error.hint = f"what forbids it can be lifted by sudo sysctl {hint}"  # type: ignore[attr-defined]
-        raise
+    call("unshare", "CLONE_NEWUSER", why="a user namespace: in it, its maker is root")
+    write_file("/proc/self/setgroups", "deny", "in the user namespace, before a gid_map")
+    write_file("/proc/self/gid_map", f"0 {gid} 1", "in the user namespace group 0 is the caller's")
+    write_file("/proc/self/uid_map", f"0 {uid} 1", "in the user namespace user 0 is the caller")
 
 
 def lock(fd: int, why: str) -> None:
@@ -2368,7 +2363,7 @@ def write_pidfile(path: str, pid: int, undo: "list") -> None:
         raise Failure(f"{why}: it exists, and is not an old pidfile of the caller's own: not replaced")
     lock(fd, why)
     undo.append(lambda: call("unlink", place, why="the --pidfile of a container that is gone"))
-    os.ftruncate(fd, 0)
+    call("ftruncate", fd, 0, why=why)
     call("pwrite", fd, b"%d\n" % pid, 0, why=why)
 
 
