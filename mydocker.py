@@ -475,11 +475,11 @@ def open_unblocked(fd: int, mode: int) -> int:
 
 # This table is the parser and the help: names, what the option takes (LOW..HIGH: whole numbers; a|b: one of
 # these; ...: repeatable), what it is for. An option is a row here and one in the README.
-OPTIONS = """
+OPTIONS = """\
 -i --interactive            |                      | keep stdin open; without it stdin is /dev/null
 -t --tty                    |                      | give the command a terminal of its own
 -m --memory                 | SIZE                 | memory limit: bytes, or with b, k, m, g, t
---memory-swap               | SWAP                 | memory plus swap (default: twice that); -1 = no limit
+--memory-swap               | SWAP                 | memory plus swap (default: twice --memory); -1 = no limit
 --memory-swappiness         | 0..100               | cgroup v2 has 0 only, which is no swap
 -c --cpu-shares --cpushare  | 2..262144            | CPU weight against others, 1024 = normal
 --cpus                      | CPUS                 | at most this many CPUs' worth of time, such as 0.5
@@ -507,14 +507,13 @@ OPTIONS = """
 --cap-add                   | CAP...               | one capability more, or ALL
 --cap-drop                  | CAP...               | one capability less, or ALL
 --security-opt              | WORD...              | no-new-privileges=false, seccomp=unconfined
---privileged                |                      | all capabilities, no filter, nothing masked: trust it
+--privileged                |                      | all capabilities, no filter, no masks: for trusted code
 --rm                        |                      | accepted: a container is always removed
 --pidfile                   | FILE                 | write the command's pid on the host to FILE
 --cgroup-parent             | CGROUP               | make the cgroup below this one, such as /batch.slice
 --stop-timeout              | SECONDS              | from the first TERM, INT or HUP to the kill (default: 10)
 --explain                   |                      | tell on stderr what is done, call by call, and why
---log-format                | text|json            | how mydocker's own lines look (default: text)
-"""
+--log-format                | text|json            | how mydocker's own lines look (default: text)"""
 DEFAULTS = {"pids_limit": 2048, "user": "", "network": "none", "stop_timeout": 10.0, "shm_size": 64 << 20}
 
 # The options that are limits: controller, v1 file, v2 file. In this order: v1 refuses a memsw limit below
@@ -531,11 +530,10 @@ LIMITS = """
 --pids-limit         pids    pids.max                     pids.max
 """
 # What docker reads as if the option were not there
-NOT_SET = """--memory=0 --memory=0b --memory=0k --memory=0m --memory=0g --memory-swap=0 --pids-limit=0
-    --memory-swappiness=-1 --cpu-shares=0 --cpus=0 --cpus=0.0 --cpus=0.00 --cpuset-cpus= --cpuset-mems=
-    --user= --name= --hostname=""".split()
+NOT_SET = """--memory=0 --memory=0m --memory=0g --memory-swap=0 --memory-swappiness=-1 --cpu-shares=0 --cpus=0
+    --cpus=0.0 --cpus=0.00 --pids-limit=0 --user= --cpuset-cpus= --cpuset-mems= --name= --hostname=""".split()
 # What docker run has and this has not: what to do instead
-INSTEAD = dict(row.split("  ") for row in """
+INSTEAD = dict(row.split("  ") for row in """\
 -d  it stays in the foreground: & or systemd-run puts it into the background
 --detach  it stays in the foreground: & or systemd-run puts it into the background
 -p  there is no network to publish a port from: --network host has the host's ports
@@ -545,8 +543,7 @@ INSTEAD = dict(row.split("  ") for row in """
 --init  the command is PID 1: give it an init of the rootfs to run it, such as tini or dumb-init
 --restart  a supervisor does that: systemd-run -p Restart=always
 --platform  there are no images to choose from: --rootfs names a directory
---pull  there are no images: --rootfs names a directory
-""".strip().split("\n"))  # fmt: skip
+--pull  there are no images: --rootfs names a directory""".split("\n"))  # fmt: skip
 SEE_HELP = "mydocker.py run --help lists the options"
 USAGE = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
 
@@ -572,8 +569,9 @@ class Option:
         self.dest = self.long[2:].replace("-", "_")
 
 
-TABLE = [Option(row) for row in OPTIONS.strip().split("\n")]
-BY_NAME = {name: option for option in TABLE for name in option.names}
+TABLE = [Option(row) for row in OPTIONS.split("\n")]
+# every name with a dash less as well: the book has -cpuset and -cpushare
+BY_NAME = {word: option for option in TABLE for name in option.names for word in (name, name[1:])}
 
 
 class Options:
@@ -592,15 +590,13 @@ class Options:
             setattr(self, option.dest, [] if option.repeat else DEFAULTS.get(option.dest))
         self.asked: "set[str]" = set()  # the options that came with a value, as opposed to defaults
         self.id = os.urandom(6).hex()
-        # root of a user namespace is the user who made it; only the first one's map is the whole range, and a
-        # kernel without user namespaces has none
+        # root of a user namespace is its maker; the map of the first one is the whole range, or missing
         self.rootless = os.geteuid() != 0 or exists("/proc/self/uid_map") and (
             "4294967295" not in read_file("/proc/self/uid_map", "is root here the machine's"))  # fmt: skip
         self.cwd = attempt(os.getcwd) or ""  # the caller's directory; "" when it has been deleted
 
 
-# Each parse_ function turns the text of a value, which is not empty, into the value. Where it raises
-# ValueError or LookupError, store() says what the option takes.
+# parse_ functions turn the text of a value into the value, or raise ValueError: store() says what it takes
 
 
 def check(good: object) -> None:
@@ -664,7 +660,7 @@ def parse_tmpfs(text: str) -> "tuple[str, str, str]":
     """Return (target, mount flags, options) of DST[:OPTIONS]; tmpfs(5) lists them, the kernel checks them."""
     target, _, rest = text.partition(":")
     # by what they are about: of exec and noexec the last one counts
-    words = {word.removeprefix("no"): word for word in f"noexec,nosuid,nodev,{rest}".split(",") if word}
+    words = {word.removeprefix("no"): word for word in f"noexec,nosuid,nodev,{rest}".split(",")}
     flags = [f"MS_{words.pop(name).upper()}" for name in ("exec", "suid", "dev")]
     return parse_inside(target), "|".join(filter(NAMES.get, flags)) or "0", ",".join(words.values())
 
@@ -705,7 +701,7 @@ def parse_security(text: str) -> str:
 
 def parse_name(text: str, longest: int = 200) -> str:
     """Return a name for the host or the cgroup: no slash, so it is no path; no newline, so no second line."""
-    check(text[0].isalnum() and len(text) <= longest and not text.strip(
+    check(text[:1].isalnum() and len(text) <= longest and not text.strip(
           "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"))  # fmt: skip
     return text
 
@@ -713,7 +709,7 @@ def parse_name(text: str, longest: int = 200) -> str:
 def parse_cgroup(text: str) -> str:
     """Return the path of a cgroup from the top of its hierarchy, with no way back up in it."""
     path = "/" + text.strip("/")
-    check(os.path.normpath(path) == path != "/")
+    check(parse_inside(path) == path != "/")
     return path
 
 
@@ -740,10 +736,9 @@ PARSERS = {"": parse_switch, "SIZE": parse_size, "CAP": parse_capability, "CGROU
 
 
 def parse(words: "list[str]", options: Options) -> "list[str]":
-    """Fill in the options and return the command of `run`; the first word that is no option begins it.
+    """Fill in the options and return the command of `run`, or none where help is asked for.
 
-    Return no command where help is asked for. Not by argparse, which takes the command's own words for
-    options (sh -c, stress -m) and costs 8 ms; it describes the same table in print_help().
+    Not by argparse, which takes the command's own words for options (sh -c, stress -m) and costs 8 ms.
     """
     while words and words[0].startswith("-") and words[0] != "-":
         word = words.pop(0)
@@ -752,9 +747,7 @@ def parse(words: "list[str]", options: Options) -> "list[str]":
         if word == "--":
             break
         name, equals, value = word.partition("=")
-        if "-" + name in BY_NAME:  # one dash, as in -cpuset of the book
-            name = "-" + name
-        elif word[1] != "-" and len(name) > 2:  # -m100m is -m 100m, and -ti is -t -i
+        if word[1] != "-" and name not in BY_NAME:  # -m100m is -m 100m, and -ti is -t -i
             name, equals, value = word[:2], "", word[2:]
         option = BY_NAME.get(name)
         if not option:
@@ -782,9 +775,8 @@ def store(options: Options, option: Option, name: str, value: str) -> None:
         else:
             check(value and ("|" not in kind or value in kind.split("|")))
             parsed = PARSERS.get(kind, str)(value)  # type: ignore[operator]
-    except (ValueError, LookupError):
-        raise Failure(f"run: {name} {value!r}: it takes {option.metavar or 'true or false'}: "
-                      f"{option.text}") from None  # fmt: skip
+    except ValueError:
+        raise Failure(f"run: {name} {value!r}: it takes {option.metavar or 'true or false'}: {option.text}")
     if option.repeat:
         getattr(options, option.dest).append(parsed)
     else:
@@ -813,8 +805,7 @@ def prepare(options: Options) -> None:
         if targets.count(target) > 1:
             raise Failure(f"two mounts are to go on {target}")
     if options.rootless and not options.rootfs and options.asked & {"--upperdir", "--add-host"}:
-        raise Failure("--upperdir, --add-host: without root the view of the host is read-only",
-                      "--rootfs, or sudo")  # fmt: skip
+        raise Failure("--upperdir, --add-host: without root the host's view is read-only", "--rootfs or sudo")
     options.hostname = options.hostname or (
         os.uname().nodename if options.network == "host" else options.id)  # fmt: skip
 
