@@ -777,10 +777,7 @@ def store(options: Options, option: Option, name: str, value: str) -> None:
             parsed = PARSERS.get(kind, str)(value)  # type: ignore[operator]
     except ValueError:
         raise Failure(f"run: {name} {value!r}: it takes {option.metavar or 'true or false'}: {option.text}")
-    if option.repeat:
-        getattr(options, option.dest).append(parsed)
-    else:
-        setattr(options, option.dest, parsed)
+    setattr(options, option.dest, getattr(options, option.dest) + [parsed] if option.repeat else parsed)
     options.asked.add(option.long)
 
 
