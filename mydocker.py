@@ -797,7 +797,7 @@ def prepare(options: Options) -> None:
     if options.upperdir and is_below(os.path.realpath(f"{options.upperdir}/layer"),
                                      tuple(map(os.path.realpath, options.rootfs))):  # fmt: skip
         raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
-    for path in [f"{path}/." for path in options.rootfs] + [row[1] for row in options.volume + options.device]:
+    for path in [f"{top}/." for top in options.rootfs] + [row[1] for row in options.volume + options.device]:
         os.stat(path)  # raises where it is not there, or no directory
     targets = [row[0] for row in options.volume + options.device + options.tmpfs]
     for target in targets:
