@@ -469,48 +469,46 @@ def open_unblocked(fd: int) -> int:
 
 # This table is the parser and the help: names, what the option takes (LOW..HIGH: whole numbers; a|b: one of
 # these; ...: repeatable), what it is for. An option is a row here and one in the README.
-OPTIONS = """
--i --interactive                          keep stdin open; without it stdin is /dev/null
--t --tty                                  give the command a terminal of its own
--m --memory               SIZE            memory limit: bytes, or with b, k, m, g, t
---memory-swap             SWAP            memory plus swap; -1 = unlimited (default: twice the memory)
---memory-swappiness       0..100          cgroup v2 has 0 only, which is no swap
--c --cpu-shares --cpushare  2..262144     CPU weight against others, 1024 = normal
---cpus                    CPUS            at most this many CPUs' worth of time, such as 0.5
---cpuset-cpus --cpuset    LIST            run on these CPUs only, such as 0-1,3
---cpuset-mems             LIST            use memory of these NUMA nodes only, such as 0
---pids-limit              PIDS            at most so many processes and threads (default: 2048); -1 = no limit
---ulimit                  LIMIT=SOFT[:HARD]...  a limit of each process, such as nofile=1024; see getrlimit(2)
---oom-score-adj           -1000..1000     whom the kernel kills first when memory runs out
---rootfs                  DIR...          root filesystem, never written to; else a view of the host's files
---upperdir                DIR             keep what is written in DIR, to go on with it later
---read-only                               make the root read-only
--v --volume               SRC:DST[:ro]...  show the host's SRC at DST
---tmpfs                   DST[:OPTIONS]...  an empty filesystem in memory; size=, mode=, exec and others
---shm-size                SIZE            of /dev/shm (default: 64m)
---device                  SRC[:DST]...    a device of the host's in /dev inside
--w --workdir              PATH            start there, made if missing
--e --env                  K[=V]...        set an environment variable; K alone copies the caller's
---env-file                ENV_FILE...     lines of K=V or K, before those of --env
--u --user                 USER[:GROUP]    names in the container's /etc, or numbers
---group-add               GROUP...        one supplementary group more
--h --hostname             HOST            host name (default: the container's id)
---name                    NAME            name of the cgroup; refused while in use
---add-host                NAME:IP...      a line of /etc/hosts
---network --net           none|host       one of its own, with loopback only (default: none), or the host's
---cap-add                 CAP...          one capability more, or ALL
---cap-drop                CAP...          one capability less, or ALL
---security-opt            WORD...         no-new-privileges=false, seccomp=unconfined
---privileged                              all capabilities, no filter, nothing masked: for trusted code
---rm                                      accepted: a container is always removed
---pidfile                 FILE            write the command's pid on the host to FILE
---cgroup-parent           CGROUP          make the cgroup below this one, such as /batch.slice
---stop-timeout            SECONDS         from the first TERM, INT or HUP to the kill (default: 10)
---explain                                 tell on stderr what is done, call by call, and why
---log-format              text|json       how mydocker's own lines look (default: text)
-"""
-DEFAULTS = {"pids_limit": 2048, "user": "", "network": "none", "stop_timeout": 10.0, "log_format": "text",
-            "shm_size": 64 << 20}  # fmt: skip
+OPTIONS = """\
+-i --interactive            |                      | keep stdin open; without it stdin is /dev/null
+-t --tty                    |                      | give the command a terminal of its own
+-m --memory                 | SIZE                 | memory limit: bytes, or with b, k, m, g, t
+--memory-swap               | SWAP                 | memory plus swap (default: twice --memory); -1 = no limit
+--memory-swappiness         | 0..100               | cgroup v2 has 0 only, which is no swap
+-c --cpu-shares --cpushare  | 2..262144            | CPU weight against others, 1024 = normal
+--cpus                      | CPUS                 | at most this many CPUs' worth of time, such as 0.5
+--cpuset-cpus --cpuset      | LIST                 | run on these CPUs only, such as 0-1,3
+--cpuset-mems               | LIST                 | use memory of these NUMA nodes only, such as 0
+--pids-limit                | -1..4194304          | processes and threads (default: 2048); -1 = no limit
+--ulimit                    | NAME=SOFT[:HARD]...  | limit each process, such as nofile=1024; see getrlimit(2)
+--oom-score-adj             | -1000..1000          | whom the kernel kills first when memory runs out
+--rootfs                    | DIR...               | root filesystem, never written to; else the host's view
+--upperdir                  | DIR                  | keep what is written in DIR, to go on with it later
+--read-only                 |                      | make the root read-only
+-v --volume                 | SRC:DST[:ro]...      | show the host's SRC at DST
+--tmpfs                     | DST[:OPTIONS]...     | an empty filesystem in memory; size=, mode=, exec, others
+--shm-size                  | SIZE                 | of /dev/shm (default: 64m)
+--device                    | SRC[:DST]...         | a device of the host's in /dev inside
+-w --workdir                | PATH                 | start there, made if missing
+-e --env                    | K[=V]...             | set an environment variable; K alone copies the caller's
+--env-file                  | ENV_FILE...          | lines of K=V or K, before those of --env
+-u --user                   | USER[:GROUP]         | names in the container's /etc, or numbers
+--group-add                 | GROUP...             | one supplementary group more
+-h --hostname               | HOST                 | host name (default: the container's id)
+--name                      | NAME                 | name of the cgroup; refused while in use
+--add-host                  | NAME:IP...           | a line of /etc/hosts
+--network --net             | none|host            | loopback alone (default: none), or the host's network
+--cap-add                   | CAP...               | one capability more, or ALL
+--cap-drop                  | CAP...               | one capability less, or ALL
+--security-opt              | WORD...              | no-new-privileges=false, seccomp=unconfined
+--privileged                |                      | all capabilities, no filter, no masks: for trusted code
+--rm                        |                      | accepted: a container is always removed
+--pidfile                   | FILE                 | write the command's pid on the host to FILE
+--cgroup-parent             | CGROUP               | make the cgroup below this one, such as /batch.slice
+--stop-timeout              | SECONDS              | from the first TERM, INT or HUP to the kill (default: 10)
+--explain                   |                      | tell on stderr what is done, call by call, and why
+--log-format                | text|json            | how mydocker's own lines look (default: text)"""
+DEFAULTS = {"pids_limit": 2048, "user": "", "network": "none", "stop_timeout": 10.0, "shm_size": 64 << 20}
 
 # The options that are limits: controller, v1 file, v2 file. In this order: v1 refuses a memsw limit below
 # the memory limit; on v2 --memory-swappiness 0 is a second value for memory.swap.max, which has to replace
@@ -526,20 +524,20 @@ LIMITS = """
 --pids-limit         pids    pids.max                     pids.max
 """
 # What docker reads as if the option were not there
-NOT_SET = """--memory=0 --memory-swap=0 --memory-swappiness=-1 --cpu-shares=0 --cpus=0 --cpus=0.0
-    --pids-limit=0 --user= --cpuset-cpus= --cpuset-mems= --name=""".split()
+NOT_SET = """--memory=0 --memory=0m --memory=0g --memory-swap=0 --memory-swappiness=-1 --cpu-shares=0 --cpus=0
+    --cpus=0.0 --cpus=0.00 --pids-limit=0 --user= --cpuset-cpus= --cpuset-mems= --name= --hostname=""".split()
 # What docker run has and this has not: what to do instead
-INSTEAD = dict(row.split("  ", 1) for row in """
--d --detach  it stays in the foreground: & or systemd-run puts it into the background
--p --publish  there is no network to publish a port from: --network host has the host's ports
--P --publish-all  there is no network to publish a port from: --network host has the host's ports
+INSTEAD = dict(row.split("  ") for row in """\
+-d  it stays in the foreground: & or systemd-run puts it into the background
+--detach  it stays in the foreground: & or systemd-run puts it into the background
+-p  there is no network to publish a port from: --network host has the host's ports
+--publish  there is no network to publish a port from: --network host has the host's ports
 --mount  -v SRC:DST[:ro] binds, --tmpfs DST makes one in memory
 --entrypoint  there are no images, so no entrypoint: the command line is what runs
 --init  the command is PID 1: give it an init of the rootfs to run it, such as tini or dumb-init
 --restart  a supervisor does that: systemd-run -p Restart=always
 --platform  there are no images to choose from: --rootfs names a directory
---pull  there are no images: --rootfs names a directory
-""".strip().split("\n"))  # fmt: skip
+--pull  there are no images: --rootfs names a directory""".split("\n"))  # fmt: skip
 SEE_HELP = "mydocker.py run --help lists the options"
 USAGE = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
 
@@ -553,24 +551,21 @@ CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID S
 RESOURCES = """cpu fsize data stack core rss nproc nofile memlock as locks sigpending msgqueue nice rtprio
     rttime""".split()
 
-NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
-MOUNT_WORDS = {"ro": "MS_RDONLY", "noexec": "MS_NOEXEC", "nosuid": "MS_NOSUID", "nodev": "MS_NODEV"}
-
 
 class Option:
     """A row of OPTIONS."""
 
     def __init__(self, row: str) -> None:
-        names, *rest = filter(None, map(str.strip, row.split("  ")))
-        self.names, self.text = names.split(), rest[-1]
-        self.metavar = rest[0] if len(rest) > 1 else ""
-        self.long = next(name for name in self.names if name.startswith("--"))
+        names, self.metavar, self.text = map(str.strip, row.split(" | "))
+        self.names = names.split()
+        self.kind, self.repeat, _ = self.metavar.partition("...")
+        self.long = max(self.names, key=len)
         self.dest = self.long[2:].replace("-", "_")
-        self.repeat = self.metavar.endswith("...")
 
 
-TABLE = [Option(row) for row in OPTIONS.strip().split("\n")]
-BY_NAME = {name: option for option in TABLE for name in option.names}
+TABLE = [Option(row) for row in OPTIONS.split("\n")]
+# every name with a dash less as well: the book has -cpuset and -cpushare
+BY_NAME = {word: option for option in TABLE for name in option.names for word in (name, name[1:])}
 
 
 class Options:
@@ -578,6 +573,8 @@ class Options:
 
     hostname: str
     memory_swap: "int | None"
+    layer_lock = -1  # the --upperdir, locked
+    process_limit = b""  # struct rlimit, where there is no cgroup for --pids-limit
 
     def __getattr__(self, name: str):  # type: ignore[no-untyped-def]  # only says to mypy that there are some
         raise AttributeError(name)
@@ -587,17 +584,13 @@ class Options:
             setattr(self, option.dest, [] if option.repeat else DEFAULTS.get(option.dest))
         self.asked: "set[str]" = set()  # the options that came with a value, as opposed to defaults
         self.id = os.urandom(6).hex()
-        # root of a user namespace is the user who made it; only the first one's map is the whole range
-        self.rootless = os.geteuid() != 0
-        if not self.rootless and exists("/proc/self/uid_map"):  # a kernel without user namespaces has none
-            self.rootless = "4294967295" not in read_file("/proc/self/uid_map", "is root here the machine's")
+        # root of a user namespace is its maker; the map of the first one is the whole range, or missing
+        self.rootless = os.geteuid() != 0 or exists("/proc/self/uid_map") and (
+            "4294967295" not in read_file("/proc/self/uid_map", "is root here the machine's"))  # fmt: skip
         self.cwd = attempt(os.getcwd) or ""  # the caller's directory; "" when it has been deleted
-        self.layer_lock = -1  # the --upperdir, locked
-        self.process_limit = b""  # struct rlimit, where there is no cgroup for --pids-limit
 
 
-# Each parse_ function turns the text of a value into the value. Where it raises ValueError or LookupError,
-# parse() says what the option takes.
+# parse_ functions turn the text of a value into the value, or raise ValueError: store() says what it takes
 
 
 def check(good: object) -> None:
@@ -606,48 +599,20 @@ def check(good: object) -> None:
         raise ValueError
 
 
-def parse_value(kind: str, text: str):  # type: ignore[no-untyped-def]
-    """Return the value of an option that takes `kind`, as OPTIONS has it."""
-    kind = kind.replace("...", "")
-    if ".." in kind:
-        low, high = kind.split("..")
-        return parse_whole(text, int(low), int(high))
-    check("|" not in kind or text in kind.split("|"))
-    return PARSERS.get(kind, parse_text)(text)
-
-
-def parse_whole(text: str, low: int, high: int) -> int:
-    """Return a whole number in plain digits: int() takes more than that."""
-    check(text[text[:1] == "-" :].isdecimal() and text.isascii() and len(text) < 20)
-    check(low <= int(text) <= high)
-    return int(text)
-
-
-def parse_decimal(text: str) -> float:
-    """Return a number in plain digits, with a fraction or without: float() takes more than that."""
-    check(text.isascii() and text.replace(".", "", 1).isdecimal() and text[-1] != "." and len(text) < 20)
-    return float(text)
-
-
-def parse_cpus(text: str) -> float:
-    """Return a number of CPUs, which this machine has to have."""
-    check(0.01 <= parse_decimal(text) <= (os.cpu_count() or 1))
-    return float(text)
-
-
-def parse_pids(text: str) -> int:
-    """Return a number of processes; -1 is no limit."""
-    return -1 if text == "-1" else parse_whole(text, 1, 1 << 22)
+def parse_number(text: str, low, high):  # type: ignore[no-untyped-def]
+    """Return a number of the type of `low`, in plain digits: int() and float() take more than that."""
+    number = type(low)(text)
+    check(low <= number <= high and not text.strip("-.0123456789") and text[-1] != ".")
+    return number
 
 
 def parse_size(text: str) -> int:
     """Return the bytes that `text` stands for: 100m, 1.5g, 64MiB, 1048576."""
-    digits = text.lower().rstrip("bkmgti")
-    unit = text.lower()[len(digits) :]
-    check(unit[1:] in ("", "b", "ib") and unit not in ("bb", "bib"))
-    size = int(parse_decimal(digits) * 1024 ** "bkmgt".index(unit[:1]))
-    check(0 < size < 1 << 63)
-    return size
+    text = text.lower().replace("ib", "b").removesuffix("b")
+    number = text.rstrip("kmgt")
+    size = parse_number(number, 0.0, math.inf) * 1024 ** " k m g t".split(" ").index(text[len(number) :])
+    check(1 <= size < 1 << 63)
+    return int(size)
 
 
 def parse_list(text: str) -> "set[int]":
@@ -655,18 +620,18 @@ def parse_list(text: str) -> "set[int]":
     numbers: "set[int]" = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        low = parse_whole(first, 0, 65535)
-        numbers.update(range(low, parse_whole(last if dash else first, low, 65535) + 1))
+        low = parse_number(first, 0, 65535)
+        numbers.update(range(low, parse_number(last if dash else first, low, 65535) + 1))
     return numbers
 
 
 def parse_ulimit(text: str) -> "tuple[str, bytes]":
-    """Return (name, struct rlimit) of NAME=SOFT[:HARD]; -1 and unlimited are RLIM_INFINITY."""
+    """Return (name, struct rlimit) of NAME=SOFT[:HARD]; -1 is RLIM_INFINITY."""
     name, _, values = text.partition("=")
-    numbers = [(1 << 64) - 1 if part in ("-1", "unlimited") else parse_whole(part, 0, 1 << 62)
-               for part in values.split(":")]  # fmt: skip
-    check(name in RESOURCES and len(numbers) < 3 and numbers[0] <= numbers[-1])
-    return name, struct.pack("2Q", numbers[0], numbers[-1])
+    soft, _, hard = values.partition(":")
+    limits = [parse_number(part, -1, 1 << 62) % (1 << 64) for part in (soft, hard or soft)]
+    check(name in RESOURCES and limits == sorted(limits))
+    return name, struct.pack("2Q", *limits)
 
 
 def parse_inside(text: str) -> str:
@@ -678,51 +643,40 @@ def parse_inside(text: str) -> str:
 def parse_volume(text: str) -> "tuple[str, str, str]":
     """Return (target, source, flags) of SRC:DST[:ro|rw|z|Z,...]; a colon in SRC is part of its name."""
     rest, _, mode = text.rpartition(":")
-    words = mode.split(",")
-    if not {"ro", "rw", "z", "Z"}.issuperset(words):  # z and Z are for SELinux: nothing to do
-        rest, words = text, []
+    if not {"ro", "rw", "z", "Z"}.issuperset(mode.split(",")):  # z and Z are for SELinux: nothing to do
+        rest, mode = text, ""
     source, _, target = rest.rpartition(":")
-    check(source and parse_inside(target) != "/")
-    return parse_inside(target), source, "MOUNT_ATTR_RDONLY" if "ro" in words else ""
+    check(source)
+    return parse_inside(target), source, "MOUNT_ATTR_RDONLY" if "ro" in mode else ""
 
 
 def parse_tmpfs(text: str) -> "tuple[str, str, str]":
     """Return (target, mount flags, options) of DST[:OPTIONS]; tmpfs(5) lists them, the kernel checks them."""
     target, _, rest = text.partition(":")
-    check(parse_inside(target) != "/")
-    words, data = {"noexec", "nosuid", "nodev"}, []
-    for word in rest.split(","):
-        if word in MOUNT_WORDS:
-            words.add(word)
-        elif "no" + word in MOUNT_WORDS:
-            words.discard("no" + word)
-        elif word not in ("", "rw"):
-            data.append(word)
-    return parse_inside(target), "|".join(MOUNT_WORDS[word] for word in sorted(words)) or "0", ",".join(data)
+    # by what they are about: of exec and noexec the last one counts
+    words = {word.removeprefix("no"): word for word in f"noexec,nosuid,nodev,{rest}".split(",")}
+    flags = [f"MS_{words.pop(name).upper()}" for name in ("exec", "suid", "dev")]
+    return parse_inside(target), "|".join(filter(NAMES.get, flags)) or "0", ",".join(words.values())
 
 
 def parse_device(text: str) -> "tuple[str, str]":
     """Return (target, source) of SRC[:DST[:rwm]]; other permissions would take a controller of their own."""
-    source, target, permissions = [*text.split(":"), "", "rwm"][:3]
-    check(source and text.count(":") < 3 and set(permissions or "rwm") == set("rwm"))
+    source, _, target = text.removesuffix(":rwm").partition(":")
+    check(source and ":" not in target)
     return parse_inside(target or source), source
+
+
+def parse_env(text: str) -> str:
+    """Return K=V or K; the name is not empty, and has no blank."""
+    name = text.partition("=")[0]
+    check(name.split() == [name] and "\0" not in text)
+    return text
 
 
 def parse_env_file(text: str) -> "list[str]":
     """Return the variables in a file, K=V or K, as docker reads it: nothing is quoted, # is a comment."""
-    lines = attempt(read_file, text, "--env-file")
-    if lines is None:
-        raise Failure(f"--env-file {text}: it cannot be read")
-    words = [line.lstrip().rstrip("\r") for line in lines.split("\n")]
-    words = [parse_env(word) for word in words if word and word[0] != "#"]
-    check(not any(c.isspace() for word in words for c in word.partition("=")[0]))
-    return words
-
-
-def parse_env(text: str) -> str:
-    """Return K=V or K; no variable has an empty name, or a NUL."""
-    check(text[0] != "=" and "\0" not in text)
-    return text
+    lines = read_file(text, f"--env-file {text}").replace("\r\n", "\n").split("\n")
+    return [parse_env(word) for word in map(str.lstrip, lines) if word and word[0] != "#"]
 
 
 def parse_host(text: str) -> str:
@@ -733,106 +687,90 @@ def parse_host(text: str) -> str:
 
 
 def parse_security(text: str) -> str:
-    """Return a word of --security-opt, as far as it means something here; an older form has a colon."""
-    word = text.replace(":", "=", 1)
-    check(word.split("=")[0] in ("label", "apparmor") or word in ("seccomp=unconfined", "no-new-privileges",
+    """Return a word of --security-opt, as far as it means something here."""
+    check(text.startswith(("label=", "apparmor=")) or text in ("seccomp=unconfined", "no-new-privileges",
           "no-new-privileges=true", "no-new-privileges=false"))  # fmt: skip
-    return word
-
-
-def parse_name(text: str) -> str:
-    """Return a name for the host or the cgroup: no slash, so it is no path; no newline, so no second line."""
-    check(not text.strip(NAME_CHARACTERS) and text[0].isalnum() and len(text) <= 200)
     return text
 
 
-def parse_hostname(text: str) -> str:
-    """Return a name that sethostname(2) takes."""
-    check(len(text) <= 64)
-    return parse_name(text)
-
-
-def parse_text(text: str) -> str:
-    """Return any value but an empty one."""
-    check(text and "\0" not in text)
+def parse_name(text: str, longest: int = 200) -> str:
+    """Return a name for the host or the cgroup: no slash, so it is no path; no newline, so no second line."""
+    check(text[:1].isalnum() and len(text) <= longest and not text.strip(
+          "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"))  # fmt: skip
     return text
 
 
 def parse_cgroup(text: str) -> str:
     """Return the path of a cgroup from the top of its hierarchy, with no way back up in it."""
-    path = os.path.normpath("/" + text.strip("/"))
-    check(path == "/" + text.strip("/") != "/")
+    path = "/" + text.strip("/")
+    check(parse_inside(path) == path != "/")
     return path
 
 
 def parse_capability(text: str) -> str:
     """Return the name of a capability as in CAPABILITIES, or ALL."""
-    name = text.upper()[4 if text.upper().startswith("CAP_") else 0 :]
+    name = text.upper().removeprefix("CAP_")
     check(name in (*CAPABILITIES, "ALL"))
     return name
 
 
 def parse_switch(text: str) -> bool:
     """Return what --tty=false and its like mean, in the words of Go's ParseBool."""
-    check(text.lower() in ("1", "t", "true", "0", "f", "false"))
-    return text.lower() in ("1", "t", "true")
+    return "0 f false 1 t true".split().index(text.lower()) > 2
 
 
-PARSERS = {"": parse_switch, "SIZE": parse_size,
+PARSERS = {"": parse_switch, "SIZE": parse_size, "CAP": parse_capability, "CGROUP": parse_cgroup,
            "SWAP": lambda text: -1 if text == "-1" else parse_size(text),
-           "CPUS": parse_cpus, "PIDS": parse_pids, "SECONDS": parse_decimal, "SRC:DST[:ro]": parse_volume,
-           "DST[:OPTIONS]": parse_tmpfs, "PATH": parse_inside, "NAME": parse_name, "CAP": parse_capability,
-           "CGROUP": parse_cgroup, "LIST": lambda text: parse_list(text) and text, "SRC[:DST]": parse_device,
-           "LIMIT=SOFT[:HARD]": parse_ulimit, "K[=V]": parse_env, "ENV_FILE": parse_env_file,
-           "NAME:IP": parse_host, "HOST": parse_hostname, "WORD": parse_security}  # fmt: skip
+           "CPUS": lambda text: parse_number(text, 0.01, os.cpu_count()),
+           "SECONDS": lambda text: parse_number(text, 0.0, math.inf), "PATH": parse_inside,
+           "LIST": lambda text: parse_list(text) and text, "NAME=SOFT[:HARD]": parse_ulimit,
+           "SRC:DST[:ro]": parse_volume, "DST[:OPTIONS]": parse_tmpfs, "SRC[:DST]": parse_device,
+           "K[=V]": parse_env, "ENV_FILE": parse_env_file, "NAME": parse_name, "NAME:IP": parse_host,
+           "HOST": lambda text: parse_name(text, 64), "WORD": parse_security}  # fmt: skip
 
 
 def parse(words: "list[str]", options: Options) -> "list[str]":
-    """Fill in the options and return the command of `run`; the first word that is no option begins it.
+    """Fill in the options and return the command of `run`, or none where help is asked for.
 
-    Return no command where help is asked for. Not by argparse, which takes the command's own words for
-    options (sh -c, stress -m) and costs 8 ms; it describes the same table in print_help().
+    Not by argparse, which takes the command's own words for options (sh -c, stress -m) and costs 8 ms.
     """
-    rest = words[::-1]  # reversed: the next word is the last
-    while rest and rest[-1].startswith("-") and rest[-1] != "-":
-        word = rest.pop()
+    while words and words[0].startswith("-") and words[0] != "-":
+        word = words.pop(0)
         if word == "--help":
             return []
         if word == "--":
             break
-        if word.startswith(("-cpuset", "-cpushare")):  # one dash, as the book has it
-            word = "-" + word
         name, equals, value = word.partition("=")
-        if not word.startswith("--"):  # -ti is -t -i; -m100m, -m=100m and -m 100m are one
-            name, equals = word[:2], "=" if word[2:3] == "=" else ""
-            value = word[2 + len(equals) :]
+        if word[1] != "-" and name not in BY_NAME:  # -m100m is -m 100m, and -ti is -t -i
+            name, equals, value = word[:2], "", word[2:]
         option = BY_NAME.get(name)
         if not option:
-            instead = [text for names, text in INSTEAD.items() if name in names.split()]
-            text = ": ".join([f"run: there is no option {name}", *instead])
-            raise Failure(text, "" if instead else SEE_HELP)
-        if not option.metavar and not equals:
-            rest += ["-" + value] if value else []
+            raise Failure(f"run: there is no option {name}", INSTEAD.get(name, SEE_HELP))
+        if option.metavar:
+            value = value if value or equals or not words else words.pop(0)
+        elif not equals:
+            if value:
+                words.insert(0, "-" + value)
             value = "true"
-        elif not value and not equals:
-            if not rest:
-                raise Failure(f"run: {name} needs a value: {option.metavar}")
-            value = rest.pop()
         store(options, option, name, value)
-    if not rest:
+    if not words:
         raise Failure("run: no command given", SEE_HELP)
-    return rest[::-1]
+    return words
 
 
 def store(options: Options, option: Option, name: str, value: str) -> None:
     """Store the value of one option; `name` is how it was called."""
     if f"{option.long}={value}" in NOT_SET:
         return
+    kind = option.kind
     try:
-        parsed = parse_value(option.metavar, value)
-    except (ValueError, LookupError):
-        takes = f"{option.metavar}: {option.text}" if option.metavar else "true or false"
-        raise Failure(f"run: {name} {value!r}: it takes {takes}") from None
+        if ".." in kind:
+            parsed = parse_number(value, *map(int, kind.split("..")))
+        else:
+            check(value and ("|" not in kind or value in kind.split("|")))
+            parsed = PARSERS.get(kind, str)(value)  # type: ignore[operator]
+    except ValueError:
+        raise Failure(f"run: {name} {value!r}: it takes {option.metavar or 'true or false'}: {option.text}")
     setattr(options, option.dest, getattr(options, option.dest) + [parsed] if option.repeat else parsed)
     options.asked.add(option.long)
 
@@ -841,36 +779,28 @@ def prepare(options: Options) -> None:
     """Refuse what cannot work, and fill in what follows from the rest, before anything is done."""
     if os.readlink("/proc/self") != str(os.getpid()):  # we would take strangers for our processes
         raise Failure("/proc is that of another pid namespace", "mount -t proc proc /proc")
-    memory, swap = options.memory, options.memory_swap
-    if memory is None and swap is not None:
-        raise Failure("--memory-swap: it is memory plus swap, so it needs --memory")
-    if memory is not None:
-        options.memory_swap = swap = swap or max(memory, min(2 * memory, (1 << 63) - (1 << 16)))
-        if memory < os.sysconf("SC_PAGE_SIZE") or -1 < swap < memory:
-            raise Failure("--memory: it is a page at least, and --memory-swap, both together, no less")
-    for kind, wanted in (("cpu", options.cpuset_cpus), ("node", options.cpuset_mems)):
-        path = f"/sys/devices/system/{kind}/online"
-        available = read_file(path, "which are there").strip() if wanted else ""
-        if wanted and not parse_list(wanted) <= parse_list(available):
-            raise Failure(f"--cpuset {wanted}: not all of these exist; available: {available}")
-    for path in options.rootfs:
-        if not stat.S_ISDIR(os.stat(path).st_mode):
-            raise Failure(f"--rootfs {path}: it is not a directory")
-        upperdir = options.upperdir and os.path.realpath(f"{options.upperdir}/layer")
-        if upperdir and is_below(upperdir, (os.path.realpath(path),)):
-            raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
-    targets: "list[str]" = []
-    for target, *_ in options.volume + options.device + options.tmpfs:
-        if target in targets:
+    memory = options.memory or 0
+    swap = options.memory_swap = options.memory_swap or 2 * memory or None
+    if swap and (memory < os.sysconf("SC_PAGE_SIZE") or -1 < swap < memory):
+        raise Failure("--memory: a page at least; --memory-swap, both together: no less, and not without it")
+    for kind, wanted in ("cpu", options.cpuset_cpus), ("node", options.cpuset_mems):
+        if wanted:
+            available = read_file(f"/sys/devices/system/{kind}/online", "which are there").strip()
+            if not parse_list(wanted) <= parse_list(available):
+                raise Failure(f"--cpuset {wanted}: not all of these exist; available: {available}")
+    if options.upperdir and is_below(os.path.realpath(f"{options.upperdir}/layer"),
+                                     tuple(map(os.path.realpath, options.rootfs))):  # fmt: skip
+        raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
+    for path in [f"{top}/." for top in options.rootfs] + [row[1] for row in options.volume + options.device]:
+        os.stat(path)  # raises where it is not there, or no directory
+    targets = [row[0] for row in options.volume + options.device + options.tmpfs]
+    for target in targets:
+        if targets.count(target) > 1:
             raise Failure(f"two mounts are to go on {target}")
-        targets.append(target)
-    for _, source, *_ in options.volume + options.device:
-        os.stat(source)
-    bound = options.rootless and not options.rootfs
-    for name in {"--upperdir", "--add-host"} & options.asked if bound else ():
-        raise Failure(f"{name}: without root the view of the host is read-only", "--rootfs, or sudo")
-    if not options.hostname:
-        options.hostname = os.uname().nodename if options.network == "host" else options.id
+    if options.rootless and not options.rootfs and options.asked & {"--upperdir", "--add-host"}:
+        raise Failure("--upperdir, --add-host: without root the host's view is read-only", "--rootfs or sudo")
+    options.hostname = options.hostname or (
+        os.uname().nodename if options.network == "host" else options.id)  # fmt: skip
 
 
 # ---- Cgroups, what it may use: make_cgroups, Cgroup ----------------------------------------------
