@@ -532,6 +532,8 @@ INSTEAD = dict(row.split("  ") for row in """\
 --detach  it stays in the foreground: & or systemd-run puts it into the background
 -p  there is no network to publish a port from: --network host has the host's ports
 --publish  there is no network to publish a port from: --network host has the host's ports
+-P  there is no network to publish a port from: --network host has the host's ports
+--publish-all  there is no network to publish a port from: --network host has the host's ports
 --mount  -v SRC:DST[:ro] binds, --tmpfs DST makes one in memory
 --entrypoint  there are no images, so no entrypoint: the command line is what runs
 --init  the command is PID 1: give it an init of the rootfs to run it, such as tini or dumb-init
@@ -687,7 +689,8 @@ def parse_host(text: str) -> str:
 
 
 def parse_security(text: str) -> str:
-    """Return a word of --security-opt, as far as it means something here."""
+    """Return a word of --security-opt, as far as it means something here; an older form has a colon."""
+    text = text.replace(":", "=", 1)
     check(text.startswith(("label=", "apparmor=")) or text in ("seccomp=unconfined", "no-new-privileges",
           "no-new-privileges=true", "no-new-privileges=false"))  # fmt: skip
     return text
@@ -1724,7 +1727,7 @@ def find_user(options: Options) -> "tuple[int, int, list[int], str]":
     ids: "list[int]" = []
     for number in numbers:
         try:
-            ids.append(parse_whole(number, 0, (1 << 32) - 2))
+            ids.append(parse_number(number, 0, (1 << 32) - 2))
         except ValueError:
             what = "group" if ids else "user"
             raise Failure(f"{asked}: no such {what} in the container's /etc: {number!r}") from None
