@@ -882,13 +882,11 @@ def prepare(options: Options) -> None:
 # ---- Cgroups, what it may use: make_cgroups, Cgroup ----------------------------------------------
 
 CPU_PERIOD = 100000  # microseconds: the kernel's default
-OWN_CGROUP = ("as root, or in a cgroup of your own: "
-              "systemd-run --user --scope -p Delegate=yes python3 mydocker.py run ...")  # fmt: skip
-NO_CONTROLLER = "/proc/cgroups shows which there are; some kernels want cgroup_enable=memory when they boot"
-
-
-class Unavailable(Failure):
-    """No cgroup can be had here. Fatal when a limit was asked for; otherwise the run goes on without."""
+# Why a limit cannot be set, and the remedy
+NO_CONTROLLER = ("there is no controller for it here",
+    "/proc/cgroups shows which there are; some kernels want cgroup_enable=memory swapaccount=1 when they boot")  # fmt: skip
+OWN_CGROUP = ("as root, or in a cgroup of your own: systemd-run --user --scope -p Delegate=yes python3 "
+              "mydocker.py run ...; in a container: limit that one, or start it with --privileged")  # fmt: skip
 
 
 def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
@@ -898,15 +896,15 @@ def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
     a hybrid host has some of each. See cgroups(7).
     """
     found, joined = find_cgroups(), []
-    lost: "dict[str, Failure]" = {}  # which limits cannot be set, and why
+    lost: "dict[str, tuple[str, str]]" = {}  # which limits cannot be set, why, the remedy
     for row in LIMITS.strip().split("\n"):
         name, controller, *files = row.split()
-        cgroup = found.get(controller) or found.get("")
+        cgroup = found.get(controller, found.get(""))
         value = limit_value(name, cgroup.version, options) if cgroup else None
         if value is not None:
             cgroup.limits[name] = controller, files[cgroup.version - 1], str(value)
         elif not cgroup:
-            lost[name] = Failure(f"there is no {controller} controller here", NO_CONTROLLER)
+            lost[name] = NO_CONTROLLER
     for cgroup in dict.fromkeys(found.values()):
         if cgroup.version == 2 and not cgroup.limits and len(found) > 1:
             continue  # beside v1 it is systemd's; alone it is made always: the container sees one of its own
@@ -914,20 +912,19 @@ def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
         try:
             cgroup.make(options, undo, lost)
             joined.append(cgroup)
-        except (Unavailable, OSError) as error:
-            if getattr(error, "errno", errno.EPERM) not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-            text = f"no cgroup here is ours to use: {getattr(error, 'strerror', error)}"
-            failure = Failure(text, getattr(error, "hint", "") or OWN_CGROUP)
-            lost.update(dict.fromkeys(cgroup.limits, failure))
+            why = f"no cgroup here is ours to use: {error.strerror}"
+            lost.update(dict.fromkeys(cgroup.limits, (why, OWN_CGROUP)))
     if not joined:
-        lost["--cgroup-parent"] = Failure(f"no cgroup can be made in {options.cgroup_parent}", OWN_CGROUP)
+        lost["--cgroup-parent"] = f"no cgroup can be made in {options.cgroup_parent}", OWN_CGROUP
     if options.rootless and lost.pop("--pids-limit", None) and options.pids_limit > 0:
         # in a user namespace the kernel counts its processes alone, and no others of this user
         options.process_limit = struct.pack("2Q", options.pids_limit, options.pids_limit)
-    for name, failure in lost.items():  # what was asked for ends the run, what was not does not
+    for name, (why, hint) in lost.items():  # what was asked for ends the run, what was not does not
         if name in options.asked:
-            raise Failure(f"{name}: {failure}", failure.hint)
+            raise Failure(f"{name}: {why}", hint)
     return joined
 
 
@@ -995,8 +992,8 @@ class Cgroup:
     """
 
     directory = leaf = ""
-    problem = ""  # why a controller is handed down no further
     is_asked = False  # by an option, as opposed to a default
+    problem = NO_CONTROLLER  # why a file is not there
 
     def __init__(self, controllers: str, top: str, own: str) -> None:
         self.version = 1 if controllers else 2
@@ -1004,17 +1001,19 @@ class Cgroup:
         self.limits: "dict[str, tuple[str, str, str]]" = {}  # option: controller, file, value
         self.joins: "list[tuple[int, bytes]]" = []  # what init is to write, and the file to write it to
 
-    def make(self, options: Options, undo: "list", lost: "dict[str, Failure]") -> None:
-        """Make the cgroup, write every limit, read it back, open the files to join by. Raises Unavailable."""
+    def make(self, options: Options, undo: "list", lost: "dict[str, tuple[str, str]]") -> None:
+        """Make the cgroup, write every limit, read it back, open the files to join by."""
         parent = self.find_parent(options)
         if self.version == 2 and parent == self.own != self.top:
             self.leave_for_leaf(options, undo)
         directory = f"{parent}/mydocker-{options.name or options.id}"
-        sweep(parent)
-        if not claim(directory):
-            raise Failure(f"--name {options.name}: in use by another container")
+        sweep(directory)
+        try:
+            claim(directory)
+        except FileExistsError:
+            raise Failure(f"--name {options.name}: in use by another container") from None
         self.directory = directory
-        undo += [self.remove, self.report]
+        undo.append(self.end)
         if self.version == 2:
             self.hand_down(parent)
         elif "cpuset" in self.controllers.split(","):
@@ -1041,7 +1040,7 @@ class Cgroup:
         if options.cgroup_parent:
             parent = self.top + options.cgroup_parent
             if not os.path.isdir(parent):
-                raise Unavailable(f"there is no {parent}", "mkdir makes a cgroup")
+                raise PermissionError(errno.EACCES, f"there is no {parent}: mkdir makes a cgroup")
             return parent
         if self.version == 1:
             return self.own
@@ -1052,13 +1051,8 @@ class Cgroup:
             # ours to divide; or a manager's such as Slurm: then it goes beside our own, so that the limits
             # of the job hold for it, too. With other processes in it, a cgroup can hand nothing down.
             place = level if level == self.own else os.path.dirname(self.own)
-            if read_file(f"{place}/cgroup.procs", "who is here").split() in ([], [str(os.getpid())]):
+            if {str(os.getpid())}.issuperset(read_file(f"{place}/cgroup.procs", "who is here").split()):
                 return place
-        # the root of a cgroup namespace looks like the true one, but has a type, and hands nothing down while
-        # there are processes in it: those of the container we are in
-        if os.path.exists(f"{self.top}/cgroup.type") and read_file(f"{self.top}/cgroup.procs", "who is here"):
-            raise Unavailable("the cgroup of this container has processes, so it can hand no controller down",
-                              "start the outer container with --privileged, or limit that one")  # fmt: skip
         return self.top
 
     def leave_for_leaf(self, options: Options, undo: "list") -> None:
@@ -1070,30 +1064,33 @@ class Cgroup:
         write_file(f"{leaf}/cgroup.procs", "0", "move there")
 
     def hand_down(self, level: str) -> None:
-        """Make the controllers reach what is below `level`: on v2 each level has to hand them down to the next.
+        """Make the controllers reach what is below `level`: v2 hands them down from each level to the next.
 
-        None of this has to succeed: what counts is what has come down when set_limits() looks for its file.
+        What counts is what has come down in the end: set_limits() sees that.
         """
         if level != self.top:
             self.hand_down(os.path.dirname(level))
         handed = read_file(f"{level}/cgroup.subtree_control", "what is handed down").split()
         for name in sorted({row[0] for row in self.limits.values()}.difference(handed)):
             try:
-                write_file(f"{level}/cgroup.subtree_control", f"+{name}", "hand down, if no process is here")
-            except FileNotFoundError:  # this level has not got it
+                # some could be handed down, but that would make the cgroup "threaded" for those processes.
+                # The root of a cgroup namespace may have some, too; the true root, which may, has no type
+                if os.path.exists(f"{level}/cgroup.type") and read_file(f"{level}/cgroup.procs", "whose"):
+                    raise OSError(errno.EBUSY, f"{level} has processes, so it can hand nothing down")
+                write_file(f"{level}/cgroup.subtree_control", f"+{name}", "hand the controller down")
+            except FileNotFoundError:  # it has not come down to here
                 pass
             except OSError as error:
-                self.problem = error.strerror
+                self.problem = error.strerror, OWN_CGROUP
 
-    def set_limits(self, directory: str, lost: "dict[str, Failure]") -> None:
+    def set_limits(self, directory: str, lost: "dict[str, tuple[str, str]]") -> None:
         """Write each limit and read it back: a value that the kernel changed is not the one asked for."""
-        for name, (controller, file, value) in list(self.limits.items()):
+        for name, (_, file, value) in list(self.limits.items()):
             path, is_list = f"{directory}/{file}", name.startswith("--cpuset")
             try:
                 write_file(path, value, f"set {name}")
-            except FileNotFoundError:  # a controller; or the limit of swap, where the kernel does not count it
-                lost[name] = Failure(f"there is no {file} here: {self.problem or 'the kernel lacks it'}",
-                                     OWN_CGROUP if self.problem else NO_CONTROLLER)  # fmt: skip
+            except FileNotFoundError:  # no controller; or swap, which --memory limits, too, is not counted
+                lost[name] = self.problem
                 del self.limits[name]
                 continue
             back = read_file(path + ".effective" * (is_list and self.version == 2), "read it back").strip()
@@ -1111,8 +1108,8 @@ class Cgroup:
             path = f"{self.leaf or self.own}/cgroup.procs"  # where it is not ours, init will wait
             attempt(write_file, path, "0", "let the kernel get ready for init's move")
 
-    def report(self) -> None:
-        """Say which limits were hit: that a child was killed is easily overlooked."""
+    def end(self) -> None:
+        """Say which limits were hit, as that a child was killed is easily overlooked; remove the cgroup."""
         values = {name: value for name, (_, _, value) in self.limits.items()}
         refused = self.count("pids.events", "max")
         if refused and "--pids-limit" in values:
@@ -1127,6 +1124,7 @@ class Cgroup:
             log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the "
                         f"{where}; files in the writable layer and /dev/shm count, too: "
                         "--upperdir and -v keep them on disk")  # fmt: skip
+        remove_cgroup(self.directory)
 
     def count(self, file: str, event: str) -> int:
         """Return how often it has happened. Older kernels count where the process is, newer at the limit."""
@@ -1135,10 +1133,6 @@ class Cgroup:
             words = (attempt(read_file, f"{place}/{file}", "what happened") or "").split()
             numbers += [int(number) for word, number in zip(words, words[1:]) if word == event]
         return max(numbers)
-
-    def remove(self) -> None:
-        """Remove what make() made, even if it stopped half-way."""
-        remove_cgroup(self.directory)
 
     def leave_leaf(self) -> None:
         """Go back to where we were: a cgroup that hands something down takes no process."""
@@ -1149,61 +1143,35 @@ class Cgroup:
         call("rmdir", self.leaf, why="remove the leaf of run()")
 
 
-def claim(directory: str) -> bool:
-    """Make a cgroup and lock it for as long as this process lives; tell whether it is ours."""
-    while True:
-        try:
-            call("mkdir", directory, 0o755, why="the container's own cgroup")
-        except FileExistsError:
-            if not reclaim(directory):
-                return False
-            continue
-        try:
-            lock(directory, "LOCK_EX")  # waits for who takes it for a leftover just now
-            return True
-        except FileNotFoundError:  # he has removed it
-            continue
-        except OSError:
-            attempt(call, "rmdir", directory, why="it cannot be locked")
-            raise
-
-
-def reclaim(directory: str) -> bool:
-    """Remove the cgroup of a run that was killed; tell whether it is gone: it may be somebody's, or busy."""
+def claim(directory: str) -> None:
+    """Make a cgroup and lock it for as long as this process lives, by a descriptor left open. See flock(2)."""
+    call("mkdir", directory, 0o755, why="the container's own cgroup")
     try:
-        fd = lock(directory, "LOCK_EX|LOCK_NB")
-        try:
-            remove_cgroup(directory)
-        finally:
-            os.close(fd)
-    except FileNotFoundError:  # another run was faster
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EBUSY):
-            raise
-        return False
-    return True
-
-
-def lock(directory: str, how: str) -> int:
-    """Lock a cgroup, return the descriptor that holds the lock, FileNotFoundError if it is gone. See flock(2)."""
-    fd = call("open", directory, "O_RDONLY|O_DIRECTORY|O_CLOEXEC", why="to lock it")
-    try:
-        call("flock", fd, how, why="alive is who holds the lock")
-        if not os.path.samestat(os.fstat(fd), os.stat(directory)):
-            raise FileNotFoundError(errno.ENOENT, f"{directory} is another by now")
+        fd = call("open", directory, "O_RDONLY|O_DIRECTORY|O_CLOEXEC", why="to lock it")
+        call("flock", fd, "LOCK_EX", why="alive is who holds the lock")
+        os.listdir(fd)  # what has been removed cannot be read
+    except FileNotFoundError:  # another run has swept it, before it was locked
+        claim(directory)
     except OSError:
-        os.close(fd)
+        attempt(call, "rmdir", directory, why="it cannot be locked")
         raise
-    return fd
 
 
-def sweep(parent: str) -> None:
-    """Remove what killed runs have left in `parent`: a few in each run, lest a crowd slow the start."""
+def sweep(directory: str) -> None:
+    """Remove what a killed run of this name has left, and a few others in each run, lest a crowd slow it."""
+    parent, own = os.path.split(directory)
     found = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
     begin = os.getpid() % (len(found) or 1)  # elsewhere in each run, so that all get their turn
-    for entry in (found + found)[begin : begin + 4]:
-        attempt(reclaim, f"{parent}/{entry}")
+    for entry in [own, *(found + found)[begin : begin + 4]]:
+        fd = attempt(os.open, f"{parent}/{entry}", os.O_RDONLY | os.O_DIRECTORY)
+        if fd is not None:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.listdir(fd)  # else it is another's by now
+                remove_cgroup(f"{parent}/{entry}")
+            except OSError:  # somebody's, or busy
+                pass
+            os.close(fd)
 
 
 def remove_cgroup(directory: str) -> None:
@@ -1220,8 +1188,7 @@ def is_delegated(cgroup: str) -> bool:
     everything is writable, which proves nothing.
     """
     if os.geteuid():
-        files = ("", "cgroup.procs", "cgroup.subtree_control")
-        return all(os.access(f"{cgroup}/{file}", os.W_OK) for file in files)
+        return os.access(f"{cgroup}/cgroup.subtree_control", os.W_OK)
     marks = {"trusted.delegate", "user.delegate"}
     return os.stat(cgroup).st_uid == 0 and not marks.isdisjoint(os.listxattr(cgroup))
 
