@@ -883,10 +883,10 @@ def prepare(options: Options) -> None:
 
 CPU_PERIOD = 100000  # microseconds: the kernel's default
 # Why a limit cannot be set, and the remedy
-NO_CONTROLLER = ("there is no controller for it here",
-    "/proc/cgroups shows which there are; some kernels want cgroup_enable=memory swapaccount=1 when they boot")  # fmt: skip
+NO_CONTROLLER = ("there is no controller for it here", "/proc/cgroups shows which there are; "
+                 "some kernels want cgroup_enable=memory swapaccount=1 when they boot")  # fmt: skip
 OWN_CGROUP = ("as root, or in a cgroup of your own: systemd-run --user --scope -p Delegate=yes python3 "
-              "mydocker.py run ...; in a container: limit that one, or start it with --privileged")  # fmt: skip
+              "mydocker.py run ...; in a container: limit that, or start it with --privileged")  # fmt: skip
 
 
 def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
@@ -895,36 +895,36 @@ def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
     A controller (memory, cpu) bounds one resource. v1 has a tree of cgroups for each of them, v2 one for all;
     a hybrid host has some of each. See cgroups(7).
     """
-    found, joined = find_cgroups(), []
-    lost: "dict[str, tuple[str, str]]" = {}  # which limits cannot be set, why, the remedy
+    found, nowhere = find_cgroups(), Cgroup("", "", "")
+    joined, wanted = [], {}
     for row in LIMITS.strip().split("\n"):
         name, controller, *files = row.split()
-        cgroup = found.get(controller, found.get(""))
-        value = limit_value(name, cgroup.version, options) if cgroup else None
+        cgroup = found.get(controller, found.get("", nowhere))
+        value = limit_value(name, cgroup.version, options)
         if value is not None:
             cgroup.limits[name] = controller, files[cgroup.version - 1], str(value)
-        elif not cgroup:
-            lost[name] = NO_CONTROLLER
+            wanted[name] = cgroup
     for cgroup in dict.fromkeys(found.values()):
         if cgroup.version == 2 and not cgroup.limits and len(found) > 1:
             continue  # beside v1 it is systemd's; alone it is made always: the container sees one of its own
         cgroup.is_asked = not options.asked.isdisjoint(cgroup.limits)
         try:
-            cgroup.make(options, undo, lost)
+            cgroup.make(options, undo)
             joined.append(cgroup)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-            why = f"no cgroup here is ours to use: {error.strerror}"
-            lost.update(dict.fromkeys(cgroup.limits, (why, OWN_CGROUP)))
-    if not joined:
-        lost["--cgroup-parent"] = f"no cgroup can be made in {options.cgroup_parent}", OWN_CGROUP
-    if options.rootless and lost.pop("--pids-limit", None) and options.pids_limit > 0:
+            cgroup.problem = f"no cgroup here is ours to use: {error.strerror}", OWN_CGROUP
+    lost = {name: cgroup.problem for name, cgroup in wanted.items()
+            if cgroup not in joined or name not in cgroup.limits}  # fmt: skip
+    if options.rootless and lost.pop("--pids-limit", None):
         # in a user namespace the kernel counts its processes alone, and no others of this user
         options.process_limit = struct.pack("2Q", options.pids_limit, options.pids_limit)
     for name, (why, hint) in lost.items():  # what was asked for ends the run, what was not does not
         if name in options.asked:
             raise Failure(f"{name}: {why}", hint)
+    if options.cgroup_parent and not joined:
+        raise Failure(f"--cgroup-parent {options.cgroup_parent}: no cgroup can be made there", OWN_CGROUP)
     return joined
 
 
@@ -993,7 +993,7 @@ class Cgroup:
 
     directory = leaf = ""
     is_asked = False  # by an option, as opposed to a default
-    problem = NO_CONTROLLER  # why a file is not there
+    problem = NO_CONTROLLER  # why a limit cannot be set, and the remedy
 
     def __init__(self, controllers: str, top: str, own: str) -> None:
         self.version = 1 if controllers else 2
@@ -1001,11 +1001,14 @@ class Cgroup:
         self.limits: "dict[str, tuple[str, str, str]]" = {}  # option: controller, file, value
         self.joins: "list[tuple[int, bytes]]" = []  # what init is to write, and the file to write it to
 
-    def make(self, options: Options, undo: "list", lost: "dict[str, tuple[str, str]]") -> None:
+    def make(self, options: Options, undo: "list") -> None:
         """Make the cgroup, write every limit, read it back, open the files to join by."""
         parent = self.find_parent(options)
         if self.version == 2 and parent == self.own != self.top:
-            self.leave_for_leaf(options, undo)
+            self.leaf = f"{self.own}/mydocker-run-{options.id}"
+            call("mkdir", self.leaf, 0o755, why="a leaf for run(): what hands down must have no processes")
+            undo.append(self.leave_leaf)
+            write_file(f"{self.leaf}/cgroup.procs", "0", "move there")
         directory = f"{parent}/mydocker-{options.name or options.id}"
         sweep(directory)
         try:
@@ -1014,23 +1017,23 @@ class Cgroup:
             raise Failure(f"--name {options.name}: in use by another container") from None
         self.directory = directory
         undo.append(self.end)
-        if self.version == 2:
-            self.hand_down(parent)
-        elif "cpuset" in self.controllers.split(","):
-            inherit_cpuset(directory)
-        self.set_limits(directory, lost)
         # by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
         joins = [(f"{directory}/tasks", "0")]
         if self.version == 2:
-            inner, below = f"{directory}/container", f"{directory}/cgroup.subtree_control"
+            self.hand_down(parent if options.privileged else directory)
+            inner = f"{directory}/container"
             call("mkdir", inner, 0o755, why="on v2 the processes are below the one with the limits")
-            names = " ".join(sorted({f"+{row[0]}" for row in self.limits.values()}))
             joins = [(f"{inner}/cgroup.procs", "0")]
-            if options.privileged:  # the upper one is to be the root of its namespace, to divide further
-                joins = [(f"{directory}/cgroup.procs", "0"), *joins, (below, names)]
-            else:
-                write_file(below, names, "hold them, whatever systemd does")
-                self.set_limits(inner, lost)  # once more, where programs look for them
+        elif "cpuset" in self.controllers.split(","):
+            inherit_cpuset(directory)
+        self.set_limits(directory)
+        if self.version == 2 and options.privileged:
+            # the upper one is to be the root of its namespace, to divide further, so init moves through it
+            names = " ".join(f"+{row[0]}" for row in self.limits.values())
+            joins = [(f"{directory}/cgroup.procs", "0"), *joins,
+                     (f"{directory}/cgroup.subtree_control", names)]  # fmt: skip
+        elif self.version == 2:
+            self.set_limits(inner)  # once more, where programs look for them
         for path, text in joins:
             fd = call("open", path, "O_WRONLY|O_CLOEXEC", why="init will write to it: it sees no path to it")
             self.joins.append((fd, text.encode()))
@@ -1055,14 +1058,6 @@ class Cgroup:
                 return place
         return self.top
 
-    def leave_for_leaf(self, options: Options, undo: "list") -> None:
-        """Move run() itself to a leaf: v2 hands controllers down only from a cgroup without processes."""
-        leaf = f"{self.own}/mydocker-run-{options.id}"
-        call("mkdir", leaf, 0o755, why="a leaf for run(): processes and controllers do not mix")
-        self.leaf = leaf
-        undo.append(self.leave_leaf)
-        write_file(f"{leaf}/cgroup.procs", "0", "move there")
-
     def hand_down(self, level: str) -> None:
         """Make the controllers reach what is below `level`: v2 hands them down from each level to the next.
 
@@ -1083,14 +1078,13 @@ class Cgroup:
             except OSError as error:
                 self.problem = error.strerror, OWN_CGROUP
 
-    def set_limits(self, directory: str, lost: "dict[str, tuple[str, str]]") -> None:
+    def set_limits(self, directory: str) -> None:
         """Write each limit and read it back: a value that the kernel changed is not the one asked for."""
         for name, (_, file, value) in list(self.limits.items()):
             path, is_list = f"{directory}/{file}", name.startswith("--cpuset")
             try:
                 write_file(path, value, f"set {name}")
             except FileNotFoundError:  # no controller; or swap, which --memory limits, too, is not counted
-                lost[name] = self.problem
                 del self.limits[name]
                 continue
             back = read_file(path + ".effective" * (is_list and self.version == 2), "read it back").strip()
@@ -1110,51 +1104,59 @@ class Cgroup:
 
     def end(self) -> None:
         """Say which limits were hit, as that a child was killed is easily overlooked; remove the cgroup."""
-        values = {name: value for name, (_, _, value) in self.limits.items()}
-        refused = self.count("pids.events", "max")
-        if refused and "--pids-limit" in values:
-            log.warning(f"pids limit: the kernel refused {refused} fork{'s' * (refused > 1)} "
-                        f"at the limit of {values['--pids-limit']} processes")  # fmt: skip
         events = "memory.oom_control" if self.version == 1 else "memory.events"
-        killed = self.count(events, "oom_kill")
-        if killed and "--memory" in values:
-            where = f"{int(values['--memory']) / 2**20:.10g} MiB limit"
-            if self.version == 2 and not self.count(events, "oom"):
+        refused = self.count("--pids-limit", "pids.events", "max")
+        killed = self.count("--memory", events, "oom_kill")
+        if refused:
+            log.warning(f"pids limit: the kernel refused {refused} of its forks "
+                        f"at the limit of {self.limits['--pids-limit'][2]} processes")  # fmt: skip
+        if killed:
+            where = f"{int(self.limits['--memory'][2]) / 2**20:.10g} MiB limit"
+            if self.version == 2 and not self.count("--memory", events, "oom"):
                 where = "limit of a cgroup above"  # of a service, or a job
             log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the "
                         f"{where}; files in the writable layer and /dev/shm count, too: "
                         "--upperdir and -v keep them on disk")  # fmt: skip
         remove_cgroup(self.directory)
 
-    def count(self, file: str, event: str) -> int:
-        """Return how often it has happened. Older kernels count where the process is, newer at the limit."""
+    def count(self, option: str, file: str, event: str) -> int:
+        """Return how often a limit was hit. Older kernels count where the process is, newer at the limit."""
         numbers = [0]
-        for place in self.directory, f"{self.directory}/container":
+        for place in (self.directory, f"{self.directory}/container") if option in self.limits else ():
             words = (attempt(read_file, f"{place}/{file}", "what happened") or "").split()
             numbers += [int(number) for word, number in zip(words, words[1:]) if word == event]
         return max(numbers)
 
     def leave_leaf(self) -> None:
         """Go back to where we were: a cgroup that hands something down takes no process."""
-        handed = read_file(f"{self.own}/cgroup.subtree_control", "what is handed down").split()
-        text = " ".join(f"-{controller}" for controller in handed)
-        write_file(f"{self.own}/cgroup.subtree_control", text, "hand nothing down any more")
+        for name in read_file(f"{self.own}/cgroup.subtree_control", "what is handed down").split():
+            write_file(f"{self.own}/cgroup.subtree_control", f"-{name}", "hand nothing down any more")
         write_file(f"{self.own}/cgroup.procs", "0", "move back")
         call("rmdir", self.leaf, why="remove the leaf of run()")
 
 
 def claim(directory: str) -> None:
-    """Make a cgroup and lock it for as long as this process lives, by a descriptor left open. See flock(2)."""
+    """Make a cgroup and lock it for as long as this process lives, which keeps the descriptor."""
     call("mkdir", directory, 0o755, why="the container's own cgroup")
     try:
-        fd = call("open", directory, "O_RDONLY|O_DIRECTORY|O_CLOEXEC", why="to lock it")
-        call("flock", fd, "LOCK_EX", why="alive is who holds the lock")
-        os.listdir(fd)  # what has been removed cannot be read
+        lock(directory, "LOCK_EX")
     except FileNotFoundError:  # another run has swept it, before it was locked
         claim(directory)
     except OSError:
         attempt(call, "rmdir", directory, why="it cannot be locked")
         raise
+
+
+def lock(directory: str, how: str) -> int:
+    """Return a descriptor that holds the lock of a cgroup. See flock(2)."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        call("flock", fd, how, why="alive is who holds the lock")
+        os.listdir(fd)  # one that has been removed meanwhile cannot be read: FileNotFoundError
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def sweep(directory: str) -> None:
@@ -1163,14 +1165,9 @@ def sweep(directory: str) -> None:
     found = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
     begin = os.getpid() % (len(found) or 1)  # elsewhere in each run, so that all get their turn
     for entry in [own, *(found + found)[begin : begin + 4]]:
-        fd = attempt(os.open, f"{parent}/{entry}", os.O_RDONLY | os.O_DIRECTORY)
-        if fd is not None:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.listdir(fd)  # else it is another's by now
-                remove_cgroup(f"{parent}/{entry}")
-            except OSError:  # somebody's, or busy
-                pass
+        fd = attempt(lock, f"{parent}/{entry}", "LOCK_EX|LOCK_NB")
+        if fd:
+            attempt(remove_cgroup, f"{parent}/{entry}")  # a busy one stays
             os.close(fd)
 
 
