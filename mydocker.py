@@ -1152,7 +1152,7 @@ def lock(directory: str, how: str) -> int:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         call("flock", fd, how, why="alive is who holds the lock")
-        os.listdir(fd)  # one that has been removed meanwhile cannot be read: FileNotFoundError
+        os.stat("cgroup.procs", dir_fd=fd)  # FileNotFoundError: the cgroup was removed meanwhile
     except OSError:
         os.close(fd)
         raise
