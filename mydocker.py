@@ -917,14 +917,14 @@ def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
             cgroup.problem = f"no cgroup here is ours to use: {error.strerror}", OWN_CGROUP
     lost = {name: cgroup.problem for name, cgroup in wanted.items()
             if cgroup not in joined or name not in cgroup.limits}  # fmt: skip
+    if not joined:
+        lost["--cgroup-parent"] = f"no cgroup can be made below {options.cgroup_parent}", OWN_CGROUP
     if options.rootless and lost.pop("--pids-limit", None):
         # in a user namespace the kernel counts its processes alone, and no others of this user
         options.process_limit = struct.pack("2Q", options.pids_limit, options.pids_limit)
     for name, (why, hint) in lost.items():  # what was asked for ends the run, what was not does not
         if name in options.asked:
             raise Failure(f"{name}: {why}", hint)
-    if options.cgroup_parent and not joined:
-        raise Failure(f"--cgroup-parent {options.cgroup_parent}: no cgroup can be made there", OWN_CGROUP)
     return joined
 
 
@@ -1017,26 +1017,31 @@ class Cgroup:
             raise Failure(f"--name {options.name}: in use by another container") from None
         self.directory = directory
         undo.append(self.end)
-        # by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
-        joins = [(f"{directory}/tasks", "0")]
-        if self.version == 2:
-            self.hand_down(parent if options.privileged else directory)
-            inner = f"{directory}/container"
-            call("mkdir", inner, 0o755, why="on v2 the processes are below the one with the limits")
-            joins = [(f"{inner}/cgroup.procs", "0")]
-        elif "cpuset" in self.controllers.split(","):
-            inherit_cpuset(directory)
+        if self.version == 1:
+            if "cpuset" in self.controllers.split(","):
+                inherit_cpuset(f"{directory}/cpuset.cpus")
+                inherit_cpuset(f"{directory}/cpuset.mems")
+            self.set_limits(directory)
+            # by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
+            self.open_join(f"{directory}/tasks", "0")
+            return
+        self.hand_down(parent if options.privileged else directory)
+        inner = f"{directory}/container"
+        call("mkdir", inner, 0o755, why="on v2 the processes are below the one with the limits")
         self.set_limits(directory)
-        if self.version == 2 and options.privileged:
-            # the upper one is to be the root of its namespace, to divide further, so init moves through it
-            names = " ".join(f"+{row[0]}" for row in self.limits.values())
-            joins = [(f"{directory}/cgroup.procs", "0"), *joins,
-                     (f"{directory}/cgroup.subtree_control", names)]  # fmt: skip
-        elif self.version == 2:
+        if options.privileged:  # the upper one is to be the root of its namespace, to divide further
+            self.open_join(f"{directory}/cgroup.procs", "0")
+        else:
             self.set_limits(inner)  # once more, where programs look for them
-        for path, text in joins:
-            fd = call("open", path, "O_WRONLY|O_CLOEXEC", why="init will write to it: it sees no path to it")
-            self.joins.append((fd, text.encode()))
+        self.open_join(f"{inner}/cgroup.procs", "0")
+        if options.privileged:
+            for controller in sorted({row[0] for row in self.limits.values()}):
+                self.open_join(f"{directory}/cgroup.subtree_control", f"+{controller}")
+
+    def open_join(self, path: str, text: str) -> None:
+        """Open a file for init to write `text` to."""
+        fd = call("open", path, "O_WRONLY|O_CLOEXEC", why="init will join the cgroup by it: it sees no path")
+        self.joins.append((fd, text.encode()))
 
     def find_parent(self, options: Options) -> str:
         """Return the cgroup below which ours goes."""
@@ -1050,13 +1055,11 @@ class Cgroup:
         level = self.own
         while level != self.top and not is_delegated(level):
             level = os.path.dirname(level)
-        if level != self.top:
-            # ours to divide; or a manager's such as Slurm: then it goes beside our own, so that the limits
-            # of the job hold for it, too. With other processes in it, a cgroup can hand nothing down.
-            place = level if level == self.own else os.path.dirname(self.own)
-            if {str(os.getpid())}.issuperset(read_file(f"{place}/cgroup.procs", "who is here").split()):
-                return place
-        return self.top
+        if level not in (self.own, self.top):
+            # a manager's such as Slurm: beside our own, so that the limits of the job hold for it, too
+            level = os.path.dirname(self.own)
+        procs = read_file(f"{level}/cgroup.procs", "who is here").split() if level != self.top else ()
+        return level if {str(os.getpid())}.issuperset(procs) else self.top  # others: it can hand nothing down
 
     def hand_down(self, level: str) -> None:
         """Make the controllers reach what is below `level`: v2 hands them down from each level to the next.
@@ -1087,7 +1090,9 @@ class Cgroup:
             except FileNotFoundError:  # no controller; or swap, which --memory limits, too, is not counted
                 del self.limits[name]
                 continue
-            back = read_file(path + ".effective" * (is_list and self.version == 2), "read it back").strip()
+            if is_list and self.version == 2:
+                path += ".effective"
+            back = read_file(path, "read it back").strip()
             if back != value and not (is_list and parse_list(back) == parse_list(value)):
                 raise Failure(f"{name}: the kernel set {back} instead of {value} in {path}")
 
@@ -1104,28 +1109,26 @@ class Cgroup:
 
     def end(self) -> None:
         """Say which limits were hit, as that a child was killed is easily overlooked; remove the cgroup."""
+        pids, memory = self.limits.get("--pids-limit"), self.limits.get("--memory")
+        if pids and self.count("pids.events", "max"):
+            log.warning(f"pids limit: the kernel refused forks at the limit of {pids[2]} processes")
         events = "memory.oom_control" if self.version == 1 else "memory.events"
-        refused = self.count("--pids-limit", "pids.events", "max")
-        killed = self.count("--memory", events, "oom_kill")
-        if refused:
-            log.warning(f"pids limit: the kernel refused {refused} of its forks "
-                        f"at the limit of {self.limits['--pids-limit'][2]} processes")  # fmt: skip
-        if killed:
-            where = f"{int(self.limits['--memory'][2]) / 2**20:.10g} MiB limit"
-            if self.version == 2 and not self.count("--memory", events, "oom"):
+        killed = self.count(events, "oom_kill")
+        if memory and killed:
+            where = f"{int(memory[2]) / 2**20:.10g} MiB limit"
+            if self.version == 2 and not self.count(events, "oom"):
                 where = "limit of a cgroup above"  # of a service, or a job
             log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the "
                         f"{where}; files in the writable layer and /dev/shm count, too: "
                         "--upperdir and -v keep them on disk")  # fmt: skip
         remove_cgroup(self.directory)
 
-    def count(self, option: str, file: str, event: str) -> int:
-        """Return how often a limit was hit. Older kernels count where the process is, newer at the limit."""
-        numbers = [0]
-        for place in (self.directory, f"{self.directory}/container") if option in self.limits else ():
-            words = (attempt(read_file, f"{place}/{file}", "what happened") or "").split()
-            numbers += [int(number) for word, number in zip(words, words[1:]) if word == event]
-        return max(numbers)
+    def count(self, file: str, event: str) -> int:
+        """Return how often it has happened. Older kernels count where the process is, newer at the limit."""
+        words = ["0"]
+        for place in self.directory, f"{self.directory}/container":
+            words += (attempt(read_file, f"{place}/{file}", "what happened") or "").split()
+        return max([int(number) for word, number in zip(words, words[1:]) if word == event], default=0)
 
     def leave_leaf(self) -> None:
         """Go back to where we were: a cgroup that hands something down takes no process."""
@@ -1160,7 +1163,7 @@ def lock(directory: str, how: str) -> int:
 
 
 def sweep(directory: str) -> None:
-    """Remove what a killed run of this name has left, and a few others in each run, lest a crowd slow it."""
+    """Remove what killed runs have left: one of this name, and a few others, lest a crowd slow the start."""
     parent, own = os.path.split(directory)
     found = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
     begin = os.getpid() % (len(found) or 1)  # elsewhere in each run, so that all get their turn
@@ -1190,14 +1193,14 @@ def is_delegated(cgroup: str) -> bool:
     return os.stat(cgroup).st_uid == 0 and not marks.isdisjoint(os.listxattr(cgroup))
 
 
-def inherit_cpuset(cgroup: str) -> None:
-    """Fill an empty v1 cpuset from the one above: v1 lets nobody into one without CPUs and nodes."""
-    above = os.path.dirname(cgroup)
-    for file in ("cpuset.cpus", "cpuset.mems"):
-        if not read_file(f"{cgroup}/{file}", "is it filled").strip():
-            inherit_cpuset(above)  # from the top down: a --cgroup-parent may be empty, too
-            text = read_file(f"{above}/{file}", "what the cgroup above has")
-            write_file(f"{cgroup}/{file}", text, "v1: an empty cpuset lets nobody in")
+def inherit_cpuset(path: str) -> str:
+    """Return what is in a file of a v1 cpuset, filled from the one above: an empty cpuset lets nobody in."""
+    text = read_file(path, "is it filled").strip()
+    if not text:  # a --cgroup-parent may be empty, too
+        above, file = os.path.split(path)
+        text = inherit_cpuset(f"{os.path.dirname(above)}/{file}")
+        write_file(path, text, "v1 leaves it empty")
+    return text
 
 
 # ---- Root filesystem, what it has: Rootfs. In init, in a mount namespace of its own --------------
