@@ -1055,11 +1055,13 @@ class Cgroup:
         level = self.own
         while level != self.top and not is_delegated(level):
             level = os.path.dirname(level)
-        if level not in (self.own, self.top):
-            # a manager's such as Slurm: beside our own, so that the limits of the job hold for it, too
-            level = os.path.dirname(self.own)
-        procs = read_file(f"{level}/cgroup.procs", "who is here").split() if level != self.top else ()
-        return level if {str(os.getpid())}.issuperset(procs) else self.top  # others: it can hand nothing down
+        if level != self.top:
+            # ours to divide; or a manager's such as Slurm: then it goes beside our own, so that the limits
+            # of the job hold for it, too. With other processes in it, a cgroup can hand nothing down.
+            place = level if level == self.own else os.path.dirname(self.own)
+            if {str(os.getpid())}.issuperset(read_file(f"{place}/cgroup.procs", "who is here").split()):
+                return place
+        return self.top
 
     def hand_down(self, level: str) -> None:
         """Make the controllers reach what is below `level`: v2 hands them down from each level to the next.
@@ -1113,8 +1115,8 @@ class Cgroup:
         if pids and self.count("pids.events", "max"):
             log.warning(f"pids limit: the kernel refused forks at the limit of {pids[2]} processes")
         events = "memory.oom_control" if self.version == 1 else "memory.events"
-        killed = self.count(events, "oom_kill")
-        if memory and killed:
+        killed = memory and self.count(events, "oom_kill")
+        if killed:
             where = f"{int(memory[2]) / 2**20:.10g} MiB limit"
             if self.version == 2 and not self.count(events, "oom"):
                 where = "limit of a cgroup above"  # of a service, or a job
