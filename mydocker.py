@@ -809,13 +809,11 @@ def prepare(options: Options) -> None:
 # ---- Cgroups, what it may use: make_cgroups, Cgroup ----------------------------------------------
 
 CPU_PERIOD = 100000  # microseconds: the kernel's default
-OWN_CGROUP = ("as root, or in a cgroup of your own: "
-              "systemd-run --user --scope -p Delegate=yes python3 mydocker.py run ...")  # fmt: skip
-NO_CONTROLLER = "/proc/cgroups shows which there are; some kernels want cgroup_enable=memory when they boot"
-
-
-class Unavailable(Failure):
-    """No cgroup can be had here. Fatal when a limit was asked for; otherwise the run goes on without."""
+# Why a limit cannot be set, and the remedy
+NO_CONTROLLER = ("there is no controller for it here", "/proc/cgroups shows which there are; "
+                 "some kernels want cgroup_enable=memory swapaccount=1 when they boot")  # fmt: skip
+OWN_CGROUP = ("as root, or in a cgroup of your own: systemd-run --user --scope -p Delegate=yes python3 "
+              "mydocker.py run ...; in a container: limit that, or start it with --privileged")  # fmt: skip
 
 
 def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
@@ -824,55 +822,55 @@ def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
     A controller (memory, cpu) bounds one resource. v1 has a tree of cgroups for each of them, v2 one for all;
     a hybrid host has some of each. See cgroups(7).
     """
-    found, joined = find_cgroups(), []
+    found, nowhere = find_cgroups(), Cgroup("", "", "")
+    joined, wanted = [], {}
     for row in LIMITS.strip().split("\n"):
         name, controller, *files = row.split()
-        cgroup = found.get(controller) or found.get("")
-        value = limit_value(name, cgroup.version, options) if cgroup else None
+        cgroup = found.get(controller, found.get("", nowhere))
+        value = limit_value(name, cgroup.version, options)
         if value is not None:
-            cgroup.limits.append((name, controller, files[cgroup.version - 1], str(value)))
-        elif not cgroup and name in options.asked:
-            raise Failure(f"{name}: there is no {controller} controller here", NO_CONTROLLER)
-    # v1: all of them, or a JVM ignores the limit that is there; v2 always: the container sees one of its own
-    wanted = [found[name] for name in ("memory", "cpu", "cpuacct", "cpuset", "pids") if name in found]
-    wanted += [found[name] for name in found if not name and (found[name].limits or not wanted)]
-    for cgroup in dict.fromkeys(wanted):
-        asked = options.asked.intersection(row[0] for row in cgroup.limits)
-        cgroup.is_asked = bool(asked)
+            cgroup.limits[name] = controller, files[cgroup.version - 1], str(value)
+            wanted[name] = cgroup
+    for cgroup in dict.fromkeys(found.values()):
+        if cgroup.version == 2 and not cgroup.limits and len(found) > 1:
+            continue  # beside v1 it is systemd's; alone it is made always: the container sees one of its own
+        cgroup.is_asked = not options.asked.isdisjoint(cgroup.limits)
         try:
             cgroup.make(options, undo)
             joined.append(cgroup)
-        except (Unavailable, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-            # without root there is RLIMIT_NPROC for the one
-            if asked - ({"--pids-limit"} if options.rootless else set()):
-                why = error.strerror if isinstance(error, OSError) else str(error)
-                raise Failure(f"{', '.join(sorted(asked))}: no cgroup here is ours to use: {why}",
-                              getattr(error, "hint", "") or OWN_CGROUP) from None  # fmt: skip
-    if "--cgroup-parent" in options.asked and not joined:
-        raise Failure(f"--cgroup-parent {options.cgroup_parent}: no cgroup can be made there", OWN_CGROUP)
-    limited = {row[0] for cgroup in joined for row in cgroup.limits}
-    if options.rootless and options.pids_limit > 0 and "--pids-limit" not in limited:
+            cgroup.problem = f"no cgroup here is ours to use: {error.strerror}", OWN_CGROUP
+    lost = {name: cgroup.problem for name, cgroup in wanted.items()
+            if cgroup not in joined or name not in cgroup.limits}  # fmt: skip
+    if not joined:
+        lost["--cgroup-parent"] = f"no cgroup can be made below {options.cgroup_parent}", OWN_CGROUP
+    if options.rootless and lost.pop("--pids-limit", None):
         # in a user namespace the kernel counts its processes alone, and no others of this user
         options.process_limit = struct.pack("2Q", options.pids_limit, options.pids_limit)
+    for name, (why, hint) in lost.items():  # what was asked for ends the run, what was not does not
+        if name in options.asked:
+            raise Failure(f"{name}: {why}", hint)
     return joined
 
 
 def find_cgroups() -> "dict[str, Cgroup]":
-    """Return the hierarchy of each v1 controller, and that of v2 under "".
+    """Return the hierarchies that we use: of each v1 controller, and that of v2 under "".
 
-    The usual mount points are tried first: mountinfo takes 9 ms to read where 5000 filesystems are mounted.
+    All of v1's, or a JVM ignores the limit that is there. The usual mount points are tried first: mountinfo
+    takes 9 ms to read where 5000 filesystems are mounted.
     """
     found: "dict[str, Cgroup]" = {}
     for line in read_file("/proc/self/cgroup", "find the cgroups we are in").split("\n")[:-1]:
         _, controllers, path = line.split(":", 2)
-        if controllers.startswith("name=") or path.startswith("/.."):  # no limits; outside of our namespace
+        names = {"", "memory", "cpu", "cpuacct", "cpuset", "pids"}.intersection(controllers.split(","))
+        if not names or path.startswith("/.."):  # no limits of ours; outside of our namespace
             continue
         for top, root in find_cgroup_mounts(controllers):
             own = (top + path[len(root) :]).rstrip("/")
             if is_below(path, (root,)) and os.path.exists(f"{own}/cgroup.procs"):
-                found.update(dict.fromkeys(controllers.split(","), Cgroup(controllers, top, own)))
+                found.update(dict.fromkeys(names, Cgroup(controllers, top, own)))
                 break
     return found
 
@@ -881,9 +879,9 @@ def find_cgroup_mounts(controllers: str):  # type: ignore[no-untyped-def]
     """Yield where the hierarchy of these controllers may be mounted, and from which cgroup of it on."""
     for name in [controllers] if controllers else ["", "unified"]:
         yield f"/sys/fs/cgroup/{name}".rstrip("/"), ""
+    kind = "cgroup" if controllers else "cgroup2"
     for _, _, root, point, fstype, words in read_mountinfo():
-        same = fstype == "cgroup" and set(controllers.split(",")) <= set(words.split(","))
-        if same if controllers else fstype == "cgroup2":
+        if fstype == kind and {"", *controllers.split(",")} <= {"", *words.split(",")}:
             yield point, root.rstrip("/")
 
 
@@ -895,6 +893,10 @@ def limit_value(name: str, version: int, options: Options):  # type: ignore[no-u
     if name == "--cpus":
         quota = round(value * CPU_PERIOD)
         return quota if version == 1 else f"{quota} {CPU_PERIOD}"
+    if name == "--memory-swap" and version == 2:  # v2's is for swap alone
+        value -= options.memory
+    if name in ("--memory", "--memory-swap"):  # it is counted in whole pages
+        return value - value % os.sysconf("SC_PAGE_SIZE")
     if version == 1:
         return value
     if name == "--memory-swappiness" and value:
@@ -902,7 +904,7 @@ def limit_value(name: str, version: int, options: Options):  # type: ignore[no-u
     if name == "--cpu-shares":  # the kernel has no conversion; the curve is that of runc (1.3.2), crun (1.23)
         log2 = math.log2(value)
         return math.ceil(10 ** ((log2 * log2 + 125 * log2) / 612 - 7 / 34))
-    return value - options.memory if name == "--memory-swap" else value  # v2's is for swap alone
+    return value
 
 
 class Cgroup:
@@ -916,55 +918,65 @@ class Cgroup:
     them the limits, would vanish without a word ("top-down constraint" in cgroup-v2.rst).
     """
 
+    directory = leaf = ""
+    is_asked = False  # by an option, as opposed to a default
+    problem = NO_CONTROLLER  # why a limit cannot be set, and the remedy
+
     def __init__(self, controllers: str, top: str, own: str) -> None:
         self.version = 1 if controllers else 2
         self.controllers, self.top, self.own = controllers, top, own  # own: where we are in it
-        self.limits: "list[tuple[str, str, str, str]]" = []  # option, controller, file, value
-        self.directory = self.leaf = ""
-        self.is_asked = False  # by an option, as opposed to a default
+        self.limits: "dict[str, tuple[str, str, str]]" = {}  # option: controller, file, value
         self.joins: "list[tuple[int, bytes]]" = []  # what init is to write, and the file to write it to
 
     def make(self, options: Options, undo: "list") -> None:
-        """Make the cgroup, write every limit, read it back, open the files to join by. Raises Unavailable."""
+        """Make the cgroup, write every limit, read it back, open the files to join by."""
         parent = self.find_parent(options)
         if self.version == 2 and parent == self.own != self.top:
-            self.leave_for_leaf(options, undo)
+            self.leaf = f"{self.own}/mydocker-run-{options.id}"
+            call("mkdir", self.leaf, 0o755, why="a leaf for run(): what hands down must have no processes")
+            undo.append(self.leave_leaf)
+            write_file(f"{self.leaf}/cgroup.procs", "0", "move there")
         directory = f"{parent}/mydocker-{options.name or options.id}"
-        if not claim(directory):
-            raise Failure(f"--name {options.name}: in use by another container")
+        sweep(directory)
+        try:
+            claim(directory)
+        except FileExistsError:
+            raise Failure(f"--name {options.name}: in use by another container") from None
         self.directory = directory
-        undo.append(self.remove)
-        undo.append(self.report)
-        sweep(parent)
-        self.hand_down(parent, options.asked)
-        for name, _, file, value in self.limits:
-            self.set_limit(directory, name, file, value, name in options.asked)
-        path, why = directory, "init will join the cgroup by it: it sees no path to it"
-        if self.version == 2:
-            path = f"{directory}/container"
-            call("mkdir", path, 0o755, why="on v2 the processes are below the one with the limits")
-            names = " ".join(f"+{name}" for name in sorted({row[1] for row in self.limits}))
-            if options.privileged:  # the upper one is to be the root of its namespace, to divide further
-                self.open_join(f"{directory}/cgroup.procs", b"0", why)
-                self.open_join(f"{path}/cgroup.procs", b"0", why)
-                self.open_join(f"{directory}/cgroup.subtree_control", names.encode(), why)
-                return
-            write_file(f"{directory}/cgroup.subtree_control", names, "hold them, whatever systemd does")
-            for name, _, file, value in self.limits:  # once more, where programs look for them
-                self.set_limit(path, name, file, value, False)
-        # v1 by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
-        self.open_join(f"{path}/{'tasks' if self.version == 1 else 'cgroup.procs'}", b"0", why)
+        undo.append(self.end)
+        if self.version == 1:
+            if "cpuset" in self.controllers.split(","):
+                inherit_cpuset(f"{directory}/cpuset.cpus")
+                inherit_cpuset(f"{directory}/cpuset.mems")
+            self.set_limits(directory)
+            # by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
+            self.open_join(f"{directory}/tasks", "0")
+            return
+        self.hand_down(parent if options.privileged else directory)
+        inner = f"{directory}/container"
+        call("mkdir", inner, 0o755, why="on v2 the processes are below the one with the limits")
+        self.set_limits(directory)
+        if options.privileged:  # the upper one is to be the root of its namespace, to divide further
+            self.open_join(f"{directory}/cgroup.procs", "0")
+        else:
+            self.set_limits(inner)  # once more, where programs look for them
+        self.open_join(f"{inner}/cgroup.procs", "0")
+        if options.privileged:
+            for controller in sorted({row[0] for row in self.limits.values()}):
+                self.open_join(f"{directory}/cgroup.subtree_control", f"+{controller}")
 
-    def open_join(self, path: str, data: bytes, why: str) -> None:
-        """Open a file for init to write `data` to."""
-        self.joins.append((call("open", path, "O_WRONLY|O_CLOEXEC", why=why), data))
+    def open_join(self, path: str, text: str) -> None:
+        """Open a file for init to write `text` to."""
+        fd = call("open", path, "O_WRONLY|O_CLOEXEC", why="init will join the cgroup by it: it sees no path")
+        self.joins.append((fd, text.encode()))
 
     def find_parent(self, options: Options) -> str:
         """Return the cgroup below which ours goes."""
         if options.cgroup_parent:
-            if not os.path.isdir(self.top + options.cgroup_parent):
-                raise Unavailable(f"there is no {self.top}{options.cgroup_parent}", "mkdir makes a cgroup")
-            return self.top + options.cgroup_parent
+            parent = self.top + options.cgroup_parent
+            if not os.path.isdir(parent):
+                raise PermissionError(errno.EACCES, f"there is no {parent}: mkdir makes a cgroup")
+            return parent
         if self.version == 1:
             return self.own
         level = self.own
@@ -974,65 +986,44 @@ class Cgroup:
             # ours to divide; or a manager's such as Slurm: then it goes beside our own, so that the limits
             # of the job hold for it, too. With other processes in it, a cgroup can hand nothing down.
             place = level if level == self.own else os.path.dirname(self.own)
-            if read_file(f"{place}/cgroup.procs", "who is here").split() in ([], [str(os.getpid())]):
+            if {str(os.getpid())}.issuperset(read_file(f"{place}/cgroup.procs", "who is here").split()):
                 return place
-        # the root of a cgroup namespace looks like the true one, but has a type, and hands nothing down while
-        # there are processes in it: those of the container we are in
-        if os.path.exists(f"{self.top}/cgroup.type") and read_file(f"{self.top}/cgroup.procs", "who is here"):
-            raise Unavailable("the cgroup of this container has processes, so it can hand no controller down",
-                              "start the outer container with --privileged, or limit that one")  # fmt: skip
         return self.top
 
-    def leave_for_leaf(self, options: Options, undo: "list") -> None:
-        """Move run() itself to a leaf: v2 hands controllers down only from a cgroup without processes."""
-        leaf = f"{self.own}/mydocker-run-{options.id}"
-        call("mkdir", leaf, 0o755, why="a leaf for run(): processes and controllers do not mix")
-        self.leaf = leaf
-        undo.append(self.leave_leaf)
-        write_file(f"{leaf}/cgroup.procs", "0", "move there")
+    def hand_down(self, level: str) -> None:
+        """Make the controllers reach what is below `level`: v2 hands them down from each level to the next.
 
-    def hand_down(self, parent: str, asked: "set[str]") -> None:
-        """Make the controllers reach our cgroup: on v2 each level has to hand them down to the next."""
-        if self.version == 1:
-            if "cpuset" in self.controllers.split(","):
-                inherit_cpuset(self.directory)
-            return
-        wanted, level, problem = {row[1] for row in self.limits}, self.top, ""
-        for name in parent[len(self.top) :].split("/"):
-            level = f"{level}/{name}".rstrip("/")
-            there = read_file(f"{level}/cgroup.controllers", "which controllers are there").split()
-            handed = read_file(f"{level}/cgroup.subtree_control", "which it hands down").split()
-            missing = wanted.intersection(there).difference(handed)
+        What counts is what has come down in the end: set_limits() sees that.
+        """
+        if level != self.top:
+            self.hand_down(os.path.dirname(level))
+        handed = read_file(f"{level}/cgroup.subtree_control", "what is handed down").split()
+        for name in sorted({row[0] for row in self.limits.values()}.difference(handed)):
             try:
-                if missing:
-                    text = " ".join(f"+{controller}" for controller in sorted(missing))
-                    write_file(f"{level}/cgroup.subtree_control", text, "hand the controllers down")
-            except OSError as error:  # what counts is what has come down
-                problem = f"{level} has processes" if error.errno == errno.EBUSY else error.strerror
-        there = read_file(f"{self.directory}/cgroup.controllers", "what has come down").split()
-        lost = [row for row in self.limits if row[1] not in there]
-        if any(row[0] in asked for row in lost):
-            text = f"the {lost[0][1]} controller does not reach {parent}"
-            raise Unavailable(f"{text}: {problem}" if problem else text, "" if problem else NO_CONTROLLER)
-        self.limits = [row for row in self.limits if row[1] in there]
+                # some could be handed down, but that would make the cgroup "threaded" for those processes.
+                # The root of a cgroup namespace may have some, too; the true root, which may, has no type
+                if os.path.exists(f"{level}/cgroup.type") and read_file(f"{level}/cgroup.procs", "whose"):
+                    raise OSError(errno.EBUSY, f"{level} has processes, so it can hand nothing down")
+                write_file(f"{level}/cgroup.subtree_control", f"+{name}", "hand the controller down")
+            except FileNotFoundError:  # it has not come down to here
+                pass
+            except OSError as error:
+                self.problem = error.strerror, OWN_CGROUP
 
-    def set_limit(self, directory: str, name: str, file: str, value: str, asked: bool) -> None:
-        """Write one limit and read it back: a value that the kernel changed is not the one asked for."""
-        path, kind = f"{directory}/{file}", BY_NAME[name].metavar
-        try:
-            write_file(path, value, f"set {name}")
-        except FileNotFoundError:
-            if asked:
-                raise Failure(f"{name}: this kernel has no {file}") from None
-            return  # the swap limit that --memory implies, where swap is not accounted for
-        path += ".effective" if kind == "LIST" and self.version == 2 else ""
-        back = read_file(path, "read it back").strip()
-        same = back == value
-        if kind in ("SIZE", "SWAP") and back.isdecimal():  # memory is counted in whole pages
-            page = os.sysconf("SC_PAGE_SIZE")
-            same = int(value) // page == int(back) // page
-        if not same and not (kind == "LIST" and parse_list(back) == parse_list(value)):
-            raise Failure(f"{name}: the kernel set {back} instead of {value} in {path}")
+    def set_limits(self, directory: str) -> None:
+        """Write each limit and read it back: a value that the kernel changed is not the one asked for."""
+        for name, (_, file, value) in list(self.limits.items()):
+            path, is_list = f"{directory}/{file}", name.startswith("--cpuset")
+            try:
+                write_file(path, value, f"set {name}")
+            except FileNotFoundError:  # no controller; or swap, which --memory limits, too, is not counted
+                del self.limits[name]
+                continue
+            if is_list and self.version == 2:
+                path += ".effective"
+            back = read_file(path, "read it back").strip()
+            if back != value and not (is_list and parse_list(back) == parse_list(value)):
+                raise Failure(f"{name}: the kernel set {back} instead of {value} in {path}")
 
     def hurry_join(self) -> None:
         """On v2 wait for the kernel's cgroup lock now, while init makes its mounts.
@@ -1045,96 +1036,77 @@ class Cgroup:
             path = f"{self.leaf or self.own}/cgroup.procs"  # where it is not ours, init will wait
             attempt(write_file, path, "0", "let the kernel get ready for init's move")
 
-    def report(self) -> None:
-        """Say which limits were hit: that a child was killed is easily overlooked."""
-        values = {name: value for name, _, _, value in self.limits}
-        refused = self.read_counts("pids.events").get("max")
-        if refused and "--pids-limit" in values:
-            log.warning(f"pids limit: the kernel refused {refused} fork{'s' * (refused > 1)} "
-                        f"at the limit of {values['--pids-limit']} processes")  # fmt: skip
-        counts = self.read_counts("memory.oom_control" if self.version == 1 else "memory.events")
-        killed = counts.get("oom_kill")
-        if killed and "--memory" in values:
-            above = self.version == 2 and not counts.get("oom")  # the limit of a service, or a job
-            where = "limit of a cgroup above" if above else f"{show_size(int(values['--memory']))} limit"
+    def end(self) -> None:
+        """Say which limits were hit, as that a child was killed is easily overlooked; remove the cgroup."""
+        pids, memory = self.limits.get("--pids-limit"), self.limits.get("--memory")
+        if pids and self.count("pids.events", "max"):
+            log.warning(f"pids limit: the kernel refused forks at the limit of {pids[2]} processes")
+        events = "memory.oom_control" if self.version == 1 else "memory.events"
+        killed = memory and self.count(events, "oom_kill")
+        if killed:
+            where = f"{int(memory[2]) / 2**20:.10g} MiB limit"
+            if self.version == 2 and not self.count(events, "oom"):
+                where = "limit of a cgroup above"  # of a service, or a job
             log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the "
                         f"{where}; files in the writable layer and /dev/shm count, too: "
                         "--upperdir and -v keep them on disk")  # fmt: skip
+        remove_cgroup(self.directory)
 
-    def read_counts(self, file: str) -> "dict[str, int]":
-        """Return the numbers of a file of `key value` lines.
-
-        Older kernels count where the process is, newer ones where the limit is.
-        """
-        counts: "dict[str, int]" = {}
-        for place in ("", "/container") if self.version == 2 else ("",):
-            words = (attempt(read_file, f"{self.directory}{place}/{file}", "what happened") or "").split()
-            for key, number in zip(words[::2], words[1::2]):
-                counts[key] = max(counts.get(key, 0), int(number))
-        return counts
-
-    def remove(self) -> None:
-        """Remove what make() made, even if it stopped half-way."""
-        remove_cgroup(self.directory, self.version)
+    def count(self, file: str, event: str) -> int:
+        """Return how often it has happened. Older kernels count where the process is, newer at the limit."""
+        words = ["0"]
+        for place in self.directory, f"{self.directory}/container":
+            words += (attempt(read_file, f"{place}/{file}", "what happened") or "").split()
+        return max([int(number) for word, number in zip(words, words[1:]) if word == event], default=0)
 
     def leave_leaf(self) -> None:
         """Go back to where we were: a cgroup that hands something down takes no process."""
-        handed = read_file(f"{self.own}/cgroup.subtree_control", "what is handed down").split()
-        text = " ".join(f"-{controller}" for controller in handed)
-        write_file(f"{self.own}/cgroup.subtree_control", text, "hand nothing down any more")
+        for name in read_file(f"{self.own}/cgroup.subtree_control", "what is handed down").split():
+            write_file(f"{self.own}/cgroup.subtree_control", f"-{name}", "hand nothing down any more")
         write_file(f"{self.own}/cgroup.procs", "0", "move back")
         call("rmdir", self.leaf, why="remove the leaf of run()")
 
 
-def claim(directory: str) -> bool:
-    """Make a cgroup and lock it for as long as this process lives; tell whether it is ours. See flock(2)."""
-    while True:
-        made = True
-        try:
-            call("mkdir", directory, 0o755, why="the container's own cgroup")
-        except FileExistsError:
-            made = False
-        try:
-            fd = call("open", directory, "O_RDONLY|O_DIRECTORY|O_CLOEXEC", why="to lock it")
-        except FileNotFoundError:
-            continue  # another run has swept it at this moment
-        try:  # ours may be in the hands of a sweep just now, which we wait for
-            call("flock", fd, "LOCK_EX" if made else "LOCK_EX|LOCK_NB", why="alive is who holds the lock")
-            there = attempt(os.stat, directory)
-            if made and there and os.path.samestat(there, os.fstat(fd)):
-                return True  # the descriptor stays open, and with it the lock
-            if not made:
-                remove_cgroup(directory, 2)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno == errno.EBUSY:  # its run() was killed, its processes live on
-                return False
-            if made:
-                attempt(call, "rmdir", directory, why="it cannot be locked")
-            raise
+def claim(directory: str) -> None:
+    """Make a cgroup and lock it for as long as this process lives, which keeps the descriptor."""
+    call("mkdir", directory, 0o755, why="the container's own cgroup")
+    try:
+        lock(directory, "LOCK_EX")
+    except FileNotFoundError:  # another run has swept it, before it was locked
+        claim(directory)
+    except OSError:
+        attempt(call, "rmdir", directory, why="it cannot be locked")
+        raise
+
+
+def lock(directory: str, how: str) -> int:
+    """Return a descriptor that holds the lock of a cgroup. See flock(2)."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        call("flock", fd, how, why="alive is who holds the lock")
+        os.stat("cgroup.procs", dir_fd=fd)  # FileNotFoundError: the cgroup was removed meanwhile
+    except OSError:
         os.close(fd)
+        raise
+    return fd
 
 
-def sweep(parent: str) -> None:
-    """Remove what killed runs have left in `parent`: a few in each run, lest a crowd slow the start."""
-    others = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
-    begin = os.getpid() % (len(others) or 1)  # elsewhere in each run, so that all get their turn
-    for entry in (others[begin:] + others[:begin])[:4]:
-        fd = attempt(os.open, f"{parent}/{entry}", os.O_RDONLY | os.O_DIRECTORY)
-        if fd is not None:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove_cgroup(f"{parent}/{entry}", 2)
-            except OSError:  # somebody's, or busy
-                pass
+def sweep(directory: str) -> None:
+    """Remove what killed runs have left: one of this name, and a few others, lest a crowd slow the start."""
+    parent, own = os.path.split(directory)
+    found = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
+    begin = os.getpid() % (len(found) or 1)  # elsewhere in each run, so that all get their turn
+    for entry in [own, *(found + found)[begin : begin + 4]]:
+        fd = attempt(lock, f"{parent}/{entry}", "LOCK_EX|LOCK_NB")
+        if fd:
+            attempt(remove_cgroup, f"{parent}/{entry}")  # a busy one stays
             os.close(fd)
 
 
-def remove_cgroup(directory: str, version: int) -> None:
+def remove_cgroup(directory: str) -> None:
     """Remove a cgroup and, on v2, the one below it."""
-    if version == 2:
-        attempt(call, "rmdir", f"{directory}/container", why="remove the cgroup of the processes")
+    if os.path.exists(f"{directory}/container"):
+        call("rmdir", f"{directory}/container", why="remove the cgroup of the processes")
     call("rmdir", directory, why="remove the container's cgroup")
 
 
@@ -1145,28 +1117,19 @@ def is_delegated(cgroup: str) -> bool:
     everything is writable, which proves nothing.
     """
     if os.geteuid():
-        files = ("", "cgroup.procs", "cgroup.subtree_control")
-        return all(os.access(f"{cgroup}/{file}", os.W_OK) for file in files)
+        return os.access(f"{cgroup}/cgroup.subtree_control", os.W_OK)
     marks = {"trusted.delegate", "user.delegate"}
     return os.stat(cgroup).st_uid == 0 and not marks.isdisjoint(os.listxattr(cgroup))
 
 
-def inherit_cpuset(cgroup: str) -> None:
-    """Fill an empty v1 cpuset from the one above: v1 lets nobody into one without CPUs and nodes."""
-    for file in ("cpuset.cpus", "cpuset.mems"):
-        if not read_file(f"{cgroup}/{file}", "is it filled").strip():
-            inherit_cpuset(os.path.dirname(cgroup))  # from the top down: a --cgroup-parent may be empty, too
-            above = read_file(f"{os.path.dirname(cgroup)}/{file}", "what the cgroup above has").strip()
-            write_file(f"{cgroup}/{file}", above, "v1: an empty cpuset lets nobody in")
-
-
-def show_size(size: float) -> str:
-    """Return bytes as a person would say them: 104857600 -> 100 MiB."""
-    units = ["GiB", "MiB", "KiB", "bytes"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop()
-    return f"{size:.1f}".replace(".0", "") + " " + units[-1]
+def inherit_cpuset(path: str) -> str:
+    """Return what is in a file of a v1 cpuset, filled from the one above: an empty cpuset lets nobody in."""
+    text = read_file(path, "is it filled").strip()
+    if not text:  # a --cgroup-parent may be empty, too
+        above, file = os.path.split(path)
+        text = inherit_cpuset(f"{os.path.dirname(above)}/{file}")
+        write_file(path, text, "v1 leaves it empty")
+    return text
 
 
 # ---- Root filesystem, what it has: Rootfs. In init, in a mount namespace of its own --------------
