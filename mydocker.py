@@ -1071,7 +1071,7 @@ def claim(directory: str) -> None:
     """Make a cgroup and lock it for as long as this process lives, which keeps the descriptor."""
     call("mkdir", directory, 0o755, why="the container's own cgroup")
     try:
-        lock(directory, "LOCK_EX")
+        lock_cgroup(directory, "LOCK_EX")
     except FileNotFoundError:  # another run has swept it, before it was locked
         claim(directory)
     except OSError:
@@ -1079,7 +1079,7 @@ def claim(directory: str) -> None:
         raise
 
 
-def lock(directory: str, how: str) -> int:
+def lock_cgroup(directory: str, how: str) -> int:
     """Return a descriptor that holds the lock of a cgroup. See flock(2)."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -1097,7 +1097,7 @@ def sweep(directory: str) -> None:
     found = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
     begin = os.getpid() % (len(found) or 1)  # elsewhere in each run, so that all get their turn
     for entry in [own, *(found + found)[begin : begin + 4]]:
-        fd = attempt(lock, f"{parent}/{entry}", "LOCK_EX|LOCK_NB")
+        fd = attempt(lock_cgroup, f"{parent}/{entry}", "LOCK_EX|LOCK_NB")
         if fd:
             attempt(remove_cgroup, f"{parent}/{entry}")  # a busy one stays
             os.close(fd)
