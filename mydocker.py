@@ -44,7 +44,7 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     del sys.path[0]
 
 try:  # every run pays for each import: hence _signal, which is signal without enum (3 ms), no argparse (8)
-    import _signal as signal  # type: ignore[import-not-found]
+    import _signal as signal
     import ctypes
     import errno
     import fcntl
@@ -65,7 +65,7 @@ EXIT_MYDOCKER, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 125, 126, 127,
 # ---- The story: run, init, main ------------------------------------------------------------------
 
 
-def run(options: "Options", argv: "list[str]") -> int:
+def run(options, argv):
     """Run `argv` in a new container; return docker run's exit status. Raises Failure, OSError."""
     prepare(options)
     caller_mask, signal_fd = watch_signals()
@@ -85,7 +85,7 @@ def run(options: "Options", argv: "list[str]") -> int:
         if pid == 0:
             # without its copies of run()'s ends: else the command has no EOF, and init is its own reader
             be_child((command_write, ready_read), init,
-                     options, cgroups, command_read, ready_write, stdio, caller_mask)  # fmt: skip
+                     options, cgroups, command_read, ready_write, stdio, caller_mask)
         container = Container(options, pid, signal_fd)
         undo.append(container.end)
         for fd in (command_read, ready_write, *stdio.values()):  # or we never see EOF
@@ -97,22 +97,25 @@ def run(options: "Options", argv: "list[str]") -> int:
         wstatus = container.supervise(argv, command_write, ready_read, ours)
     finally:
         for step in reversed(undo):
-            tolerate(step)
-    return EXIT_SIGNAL + os.WTERMSIG(wstatus) if os.WIFSIGNALED(wstatus) else os.WEXITSTATUS(wstatus)
+            try:
+                step()
+            except OSError as error:  # no more than a warning: the status is the command's
+                log.warning(error.strerror)
+    status = os.waitstatus_to_exitcode(wstatus)
+    return status if status >= 0 else EXIT_SIGNAL - status
 
 
-def init(options: "Options", cgroups: "list[Cgroup]", command_read: int, ready_write: int,
-         stdio: "dict[int, int]", caller_mask: "set[int]") -> None:  # fmt: skip
+def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
     """Turn this process, just forked into a new pid namespace, into the container. It returns by raising."""
     log.side = "init"
     # first: whatever is done here is to end with run(), also when SIGKILL ends that at this moment
     call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="die with the parent, whatever kills it")
     os.umask(0)  # what is made below says its mode itself
     call("setsid", why="a session of its own: /dev/tty is not the caller's terminal, Ctrl-C not for us")
-    flags, what = "CLONE_NEWNS|CLONE_NEWUTS|CLONE_NEWIPC", "mounts, host name, System V IPC"
+    flags = "CLONE_NEWNS|CLONE_NEWUTS|CLONE_NEWIPC"
     if options.network == "none":
-        flags, what = flags + "|CLONE_NEWNET", what + ", network"
-    call("unshare", flags, why=f"{what}: its own from here on")
+        flags += "|CLONE_NEWNET"
+    call("unshare", flags, why="mounts, host name, System V IPC, network: its own from here on")
     # systemd has made "/" shared: without this every mount below would show up on the host, and stay
     call("mount", None, "/", None, "MS_REC|MS_PRIVATE", None, why="no mount made here may reach the host")
     rootfs = Rootfs(options, cgroups)
@@ -123,8 +126,7 @@ def init(options: "Options", cgroups: "list[Cgroup]", command_read: int, ready_w
     rootfs.mask()
     if options.tty:
         call("write", ready_write, b"T", why="run() may open the pty, then send argv")
-    words = read_all(command_read, "the command, as run() sends it").split(b"\0")[:-1]
-    argv = [os.fsdecode(word) for word in words]
+    argv = os.fsdecode(read_all(command_read, "the command, as run() sends it")).split("\0")[:-1]
     if not argv:
         raise SystemExit(EXIT_MYDOCKER)  # EOF at once: run() has died
     attach_stdio(options, stdio)  # before the volumes: null device and terminal are ours, whatever they cover
@@ -146,7 +148,7 @@ def init(options: "Options", cgroups: "list[Cgroup]", command_read: int, ready_w
     execute(options, argv, paths, env)
 
 
-def main(words: "list[str]") -> int:
+def main(words):
     """Be the program; return its exit status."""
     try:
         while (fd := os.open("/dev/null", os.O_RDWR)) < 3:
@@ -167,10 +169,8 @@ def main(words: "list[str]") -> int:
             print_help()
         elif command == "--version":
             print(f"mydocker {VERSION}", flush=True)
-        elif command == "init":
-            raise Failure("init: it is no command of its own, it is what run() forks", SEE_HELP)
         else:
-            raise Failure(f"there is no command {command!r}" if command else f"usage: {USAGE}", SEE_HELP)
+            raise Failure(f"there is no command {command!r}; usage: {USAGE}", INSTEAD.get(command, SEE_HELP))
         return 0
     except KeyboardInterrupt:
         return EXIT_SIGNAL + int(signal.SIGINT)
@@ -184,7 +184,7 @@ def main(words: "list[str]") -> int:
 class Failure(Exception):
     """The end of a run: a line for the user, at most one more with the remedy, the exit status."""
 
-    def __init__(self, message: str, hint: str = "", status: int = EXIT_MYDOCKER) -> None:
+    def __init__(self, message, hint="", status=EXIT_MYDOCKER):
         super().__init__(message)
         self.hint, self.status = hint, status
 
@@ -197,7 +197,7 @@ class Log:
     side = "run"  # or "init": which of the two processes speaks
     end = b"\n"  # b"\r\n" while the caller's terminal is raw
 
-    def set_up(self, options: "Options") -> None:
+    def set_up(self, options):
         """Take --log-format and --explain from the options; leave descriptor 2 to the command."""
         self.explain, self.fd = options.explain, open_unblocked(2)
         if options.log_format == "json":
@@ -205,7 +205,7 @@ class Log:
 
             self.json = json
 
-    def line(self, level: str, text: str) -> None:
+    def line(self, level, text):
         """Write one line."""
         text = os.fsencode(text).decode("utf-8", "backslashreplace")
         if self.json:
@@ -221,15 +221,19 @@ class Log:
         except OSError:
             pass
 
-    def warning(self, message: str) -> None:
+    def warning(self, message):
         """Say what the user should know of a run that goes on."""
         self.line("warning", f"mydocker: {message}")
 
-    def failure(self, error: BaseException) -> int:
+    def failure(self, error):
         """Say why a run has ended, and the remedy if there is one; return the exit status."""
         message, hint = str(error), getattr(error, "hint", "")
         if isinstance(error, OSError):
             message = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+            for row in HINTS.strip().split("\n"):
+                part, symbol, remedy = row.split("  ")
+                if errno.errorcode.get(error.errno) == symbol and part in message:
+                    hint = hint or remedy
         elif not isinstance(error, Failure):
             message = f"internal error: {type(error).__name__}: {error}"  # a mistake in this file
         self.line("error", f"mydocker: {message}")
@@ -277,12 +281,12 @@ _PROTOTYPES = {name: rest for name, *rest in (row.split(":") for row in """
     makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL:442:442 move_mount:isisi:429:429 open:sio
     open_tree:isi:428:428 openat2:issL:437:437 pipe2:i pivot_root:ss prctl:iLLLL ptrace:iiLL
     sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:ii umount2:si unshare:i waitpid:ii
-    """.split())}  # fmt: skip
-_TYPES = {"s": ctypes.c_char_p, "i": ctypes.c_int, "L": ctypes.c_ulong}
+    """.split())}
+_TYPES: "dict" = {"s": ctypes.c_char_p, "i": ctypes.c_int, "L": ctypes.c_ulong}
 _libc = ctypes.CDLL(None, use_errno=True)  # the libc that Python itself runs on, glibc or musl
 
 
-def value_of(names: str) -> int:
+def value_of(names):
     """Return the value of flags by their names in C: MS_REC|MS_PRIVATE."""
     value = 0
     for name in names.split("|"):
@@ -290,7 +294,7 @@ def value_of(names: str) -> int:
     return value
 
 
-def show(arg: object, letter: str = " ") -> str:
+def show(arg, letter=" "):
     """Return one argument or result of a call as a C programmer would write it."""
     if arg is None:
         return "NULL"
@@ -299,13 +303,13 @@ def show(arg: object, letter: str = " ") -> str:
     if letter in "iL" and isinstance(arg, str):
         return arg
     text = repr(arg).replace("'", '"')
-    if isinstance(arg, (bytes, ctypes.Array)):
-        words = bytes(arg).decode("ascii", "replace").rstrip("\0\n").replace("\0", " ").replace("\n", " ")
+    if isinstance(arg, bytes):
+        words = arg.decode("ascii", "replace").rstrip("\0\n").replace("\0", " ").replace("\n", " ")
         text = f'"{words}"' if words.isprintable() and words else f"<struct of {len(arg)} bytes>"
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def call(name: str, *args: object, why: str):  # type: ignore[no-untyped-def]
+def call(name, *args, why):
     """Make the system call `name`, return its result; raise OSError, whose text says what it was for.
 
     `why` is what --explain says of the call, and how the message begins if it fails. What changes something
@@ -315,9 +319,9 @@ def call(name: str, *args: object, why: str):  # type: ignore[no-untyped-def]
     letters, *numbers = _PROTOTYPES.get(name, [""])
     letters = letters.ljust(len(args))
     raw = [value_of(arg) if letter in "iL" and isinstance(arg, str) else arg
-           for arg, letter in zip(args, letters)]  # fmt: skip
+           for arg, letter in zip(args, letters)]
 
-    def tell(result: str) -> str:
+    def tell(result):
         shown = f"{name}({', '.join(map(show, args, letters))})"
         if log.explain:
             log.line("info", f"[{os.getpid():>7} {log.side:4}] {shown} = {result}   # {why}")
@@ -336,20 +340,16 @@ def call(name: str, *args: object, why: str):  # type: ignore[no-untyped-def]
         number = error.args[0] or errno.EIO
         symbol = errno.errorcode.get(number, str(number))
         text = f"{why}: {tell(f'-1 {symbol}')}: {os.strerror(number)}"
-        failed = OSError(number, text)  # Python makes it a FileNotFoundError, PermissionError and so on
-        rows = [row.split("  ") for row in HINTS.strip().split("\n")]
-        hints = [hint for part, code, hint in rows if code == symbol and part in text]
-        failed.hint = hints[0] if hints else ""  # type: ignore[attr-defined]
-        raise failed from None
+        raise OSError(number, text) from None  # Python makes it a FileNotFoundError, PermissionError...
     if log.explain and (name != "fork" or result):  # fork returns twice, the story goes on once
         tell("0" if result is None else show(result))
     return result
 
 
-def call_libc(name: str, letters: str, args: "list") -> int:
+def call_libc(name, letters, args):
     """Make a call by libc, raise OSError at -1."""
     function = _libc[name]
-    function.argtypes = [_TYPES[letter] for letter in letters]  # type: ignore[misc]
+    function.argtypes = [_TYPES[letter] for letter in letters]
     result = function(*[os.fsencode(arg) if isinstance(arg, str) else arg for arg in args])
     if result == -1:
         raise OSError(ctypes.get_errno(), "")
@@ -378,7 +378,7 @@ move_mount  EINVAL  a file goes on a file, a directory on a directory
 """
 
 
-def attempt(step, *args: object, **keywords: object):  # type: ignore[no-untyped-def]
+def attempt(step, *args, **keywords):
     """Take a step that may fail: return its result, or None."""
     try:
         return step(*args, **keywords)
@@ -386,7 +386,7 @@ def attempt(step, *args: object, **keywords: object):  # type: ignore[no-untyped
         return None
 
 
-def be_child(unwanted: "tuple[int, ...]", step, *args: object) -> None:  # type: ignore[no-untyped-def]
+def be_child(unwanted, step, *args):
     """Be the child of a fork: close what is the parent's, take a step that ends by execve, or tell why."""
     status = EXIT_MYDOCKER
     try:
@@ -401,27 +401,19 @@ def be_child(unwanted: "tuple[int, ...]", step, *args: object) -> None:  # type:
         os._exit(status)  # a child that went on would clean up for the parent
 
 
-def tolerate(step) -> None:  # type: ignore[no-untyped-def]
-    """Take a step of the teardown; its failure is a warning: the status is the command's."""
-    try:
-        step()
-    except OSError as error:
-        log.warning(error.strerror or str(error))
-
-
-def mount(source: str, target: str, fstype: str, flags: str, data: "str | None", why: str) -> None:
+def mount(source, target, fstype, flags, data, why):
     """Attach a new filesystem. See mount(2)."""
     if data and len(os.fsencode(data)) >= os.sysconf("SC_PAGE_SIZE"):  # the kernel would cut it off unsaid
         raise Failure(f"{why}: mount(2) takes no more than a page of options: too many, or too long")
     call("mount", source, target, fstype, flags, data, why=why)
 
 
-def at(fd: int) -> str:
+def at(fd):
     """Return a path to what `fd` refers to; it has no comma or colon for overlay to take for its own."""
     return f"/proc/self/fd/{fd}"
 
 
-def read_file(path: str, why: str) -> str:
+def read_file(path, why):
     """Return the text of a file."""
     fd = call("open", path, "O_RDONLY|O_CLOEXEC", why=why)
     try:
@@ -430,7 +422,7 @@ def read_file(path: str, why: str) -> str:
         os.close(fd)
 
 
-def read_all(fd: int, why: str) -> bytes:
+def read_all(fd, why):
     """Return what can be read from `fd` until EOF."""
     data = chunk = call("read", fd, 1 << 16, why=why)
     while chunk:
@@ -439,7 +431,7 @@ def read_all(fd: int, why: str) -> bytes:
     return data
 
 
-def write_file(path: str, value: str, why: str) -> None:
+def write_file(path, value, why):
     """Write `value` to an existing file, in a single write(2), as files of the kernel require."""
     fd = call("open", path, "O_WRONLY|O_CLOEXEC", why=why)
     try:
@@ -448,7 +440,7 @@ def write_file(path: str, value: str, why: str) -> None:
         os.close(fd)
 
 
-def poll(interests: "dict[int, int]", deadline: float) -> "dict[int, int]":
+def poll(interests, deadline):
     """Wait until one of the descriptors is ready, or until the deadline; return what is. See poll(2)."""
     waiter = select.poll()
     for fd, events in interests.items():
@@ -456,7 +448,7 @@ def poll(interests: "dict[int, int]", deadline: float) -> "dict[int, int]":
     return dict(waiter.poll(min(max(0, (deadline - time.monotonic()) * 1000 + 1), 1 << 30)))
 
 
-def open_unblocked(fd: int) -> int:
+def open_unblocked(fd):
     """Return another descriptor for `fd`; if it is a terminal, one by which nobody waits for it.
 
     Opened anew, because O_NONBLOCK on the caller's own would be seen by all who share it.
@@ -528,6 +520,7 @@ NOT_SET = """--memory=0 --memory=0m --memory=0g --memory-swap=0 --memory-swappin
     --cpus=0.0 --cpus=0.00 --pids-limit=0 --user= --cpuset-cpus= --cpuset-mems= --name= --hostname=""".split()
 # What docker run has and this has not: what to do instead
 INSTEAD = dict(row.split("  ") for row in """\
+init  it is no command of its own, it is what run() forks
 -d  it stays in the foreground: & or systemd-run puts it into the background
 --detach  it stays in the foreground: & or systemd-run puts it into the background
 -p  there is no network to publish a port from: --network host has the host's ports
@@ -539,7 +532,7 @@ INSTEAD = dict(row.split("  ") for row in """\
 --init  the command is PID 1: give it an init of the rootfs to run it, such as tini or dumb-init
 --restart  a supervisor does that: systemd-run -p Restart=always
 --platform  there are no images to choose from: --rootfs names a directory
---pull  there are no images: --rootfs names a directory""".split("\n"))  # fmt: skip
+--pull  there are no images: --rootfs names a directory""".split("\n"))
 SEE_HELP = "mydocker.py run --help lists the options"
 USAGE = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
 
@@ -557,7 +550,7 @@ RESOURCES = """cpu fsize data stack core rss nproc nofile memlock as locks sigpe
 class Option:
     """A row of OPTIONS."""
 
-    def __init__(self, row: str) -> None:
+    def __init__(self, row):
         names, self.metavar, self.text = map(str.strip, row.split(" | "))
         self.names = names.split()
         self.kind, self.repeat, _ = self.metavar.partition("...")
@@ -573,42 +566,37 @@ BY_NAME = {word: option for option in TABLE for name in option.names for word in
 class Options:
     """What `run` was asked for: an attribute for each row of OPTIONS. Sizes in bytes, times in seconds."""
 
-    hostname: str
-    memory_swap: "int | None"
     layer_lock = -1  # the --upperdir, locked
     process_limit = b""  # struct rlimit, where there is no cgroup for --pids-limit
 
-    def __getattr__(self, name: str):  # type: ignore[no-untyped-def]  # only says to mypy that there are some
-        raise AttributeError(name)
-
-    def __init__(self) -> None:
+    def __init__(self):
         for option in TABLE:
             setattr(self, option.dest, [] if option.repeat else DEFAULTS.get(option.dest))
-        self.asked: "set[str]" = set()  # the options that came with a value, as opposed to defaults
+        self.asked = set()  # the options that came with a value, as opposed to defaults
         self.id = os.urandom(6).hex()
         # root of a user namespace is its maker; the map of the first one is the whole range, or missing
         self.rootless = os.geteuid() != 0 or exists("/proc/self/uid_map") and (
-            "4294967295" not in read_file("/proc/self/uid_map", "is root here the machine's"))  # fmt: skip
+            "4294967295" not in read_file("/proc/self/uid_map", "is root here the machine's"))
         self.cwd = attempt(os.getcwd) or ""  # the caller's directory; "" when it has been deleted
 
 
 # parse_ functions turn the text of a value into the value, or raise ValueError: store() says what it takes
 
 
-def check(good: object) -> None:
+def check(good):
     """Refuse a value that is not good."""
     if not good:
         raise ValueError
 
 
-def parse_number(text: str, low, high):  # type: ignore[no-untyped-def]
+def parse_number(text, low, high):
     """Return a number of the type of `low`, in plain digits: int() and float() take more than that."""
     number = type(low)(text)
     check(low <= number <= high and not text.strip("-.0123456789") and text[-1] != ".")
     return number
 
 
-def parse_size(text: str) -> int:
+def parse_size(text):
     """Return the bytes that `text` stands for: 100m, 1.5g, 64MiB, 1048576."""
     text = text.lower().replace("ib", "b").removesuffix("b")
     number = text.rstrip("kmgt")
@@ -617,7 +605,7 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def parse_list(text: str) -> "set[int]":
+def parse_list(text):
     """Return the numbers of a list such as 0-1,3. See cpuset(7), "List format"."""
     numbers: "set[int]" = set()
     for part in text.split(","):
@@ -627,7 +615,7 @@ def parse_list(text: str) -> "set[int]":
     return numbers
 
 
-def parse_ulimit(text: str) -> "tuple[str, bytes]":
+def parse_ulimit(text):
     """Return (name, struct rlimit) of NAME=SOFT[:HARD]; -1 is RLIM_INFINITY."""
     name, _, values = text.partition("=")
     soft, _, hard = values.partition(":")
@@ -636,13 +624,13 @@ def parse_ulimit(text: str) -> "tuple[str, bytes]":
     return name, struct.pack("2Q", *limits)
 
 
-def parse_inside(text: str) -> str:
+def parse_inside(text):
     """Return an absolute path in the container."""
     check(text.startswith("/"))
     return os.path.normpath("/" + text.lstrip("/"))
 
 
-def parse_volume(text: str) -> "tuple[str, str, str]":
+def parse_volume(text):
     """Return (target, source, flags) of SRC:DST[:ro|rw|z|Z,...]; a colon in SRC is part of its name."""
     rest, _, mode = text.rpartition(":")
     if not {"ro", "rw", "z", "Z"}.issuperset(mode.split(",")):  # z and Z are for SELinux: nothing to do
@@ -652,7 +640,7 @@ def parse_volume(text: str) -> "tuple[str, str, str]":
     return parse_inside(target), source, "MOUNT_ATTR_RDONLY" if "ro" in mode else ""
 
 
-def parse_tmpfs(text: str) -> "tuple[str, str, str]":
+def parse_tmpfs(text):
     """Return (target, mount flags, options) of DST[:OPTIONS]; tmpfs(5) lists them, the kernel checks them."""
     target, _, rest = text.partition(":")
     # by what they are about: of exec and noexec the last one counts
@@ -661,78 +649,78 @@ def parse_tmpfs(text: str) -> "tuple[str, str, str]":
     return parse_inside(target), "|".join(filter(NAMES.get, flags)) or "0", ",".join(words.values())
 
 
-def parse_device(text: str) -> "tuple[str, str]":
+def parse_device(text):
     """Return (target, source) of SRC[:DST[:rwm]]; other permissions would take a controller of their own."""
     source, _, target = text.removesuffix(":rwm").partition(":")
     check(source and ":" not in target)
     return parse_inside(target or source), source
 
 
-def parse_env(text: str) -> str:
+def parse_env(text):
     """Return K=V or K; the name is not empty, and has no blank."""
     name = text.partition("=")[0]
     check(name.split() == [name] and "\0" not in text)
     return text
 
 
-def parse_env_file(text: str) -> "list[str]":
+def parse_env_file(text):
     """Return the variables in a file, K=V or K, as docker reads it: nothing is quoted, # is a comment."""
     lines = read_file(text, f"--env-file {text}").replace("\r\n", "\n").split("\n")
     return [parse_env(word) for word in map(str.lstrip, lines) if word and word[0] != "#"]
 
 
-def parse_host(text: str) -> str:
+def parse_host(text):
     """Return a line of /etc/hosts of NAME:IP."""
     name, _, address = text.partition(":")
     check(parse_name(name) and address and not address.strip("0123456789abcdefABCDEF.:"))
     return f"{address}\t{name}"
 
 
-def parse_security(text: str) -> str:
+def parse_security(text):
     """Return a word of --security-opt, as far as it means something here; an older form has a colon."""
     text = text.replace(":", "=", 1)
     check(text.startswith(("label=", "apparmor=")) or text in ("seccomp=unconfined", "no-new-privileges",
-          "no-new-privileges=true", "no-new-privileges=false"))  # fmt: skip
+          "no-new-privileges=true", "no-new-privileges=false"))
     return text
 
 
-def parse_name(text: str, longest: int = 200) -> str:
+def parse_name(text, longest=200):
     """Return a name for the host or the cgroup: no slash, so it is no path; no newline, so no second line."""
     check(text[:1].isalnum() and len(text) <= longest and not text.strip(
-          "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"))  # fmt: skip
+          "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"))
     return text
 
 
-def parse_cgroup(text: str) -> str:
+def parse_cgroup(text):
     """Return the path of a cgroup from the top of its hierarchy, with no way back up in it."""
     path = "/" + text.strip("/")
     check(parse_inside(path) == path != "/")
     return path
 
 
-def parse_capability(text: str) -> str:
+def parse_capability(text):
     """Return the name of a capability as in CAPABILITIES, or ALL."""
     name = text.upper().removeprefix("CAP_")
     check(name in (*CAPABILITIES, "ALL"))
     return name
 
 
-def parse_switch(text: str) -> bool:
+def parse_switch(text):
     """Return what --tty=false and its like mean, in the words of Go's ParseBool."""
     return "0 f false 1 t true".split().index(text.lower()) > 2
 
 
-PARSERS = {"": parse_switch, "SIZE": parse_size, "CAP": parse_capability, "CGROUP": parse_cgroup,
+PARSERS: "dict" = {"": parse_switch, "SIZE": parse_size, "CAP": parse_capability, "CGROUP": parse_cgroup,
            "SWAP": lambda text: -1 if text == "-1" else parse_size(text),
            "CPUS": lambda text: parse_number(text, 0.01, os.cpu_count()),
            "SECONDS": lambda text: parse_number(text, 0.0, math.inf), "PATH": parse_inside,
            "LIST": lambda text: parse_list(text) and text, "NAME=SOFT[:HARD]": parse_ulimit,
            "SRC:DST[:ro]": parse_volume, "DST[:OPTIONS]": parse_tmpfs, "SRC[:DST]": parse_device,
            "K[=V]": parse_env, "ENV_FILE": parse_env_file, "NAME": parse_name, "NAME:IP": parse_host,
-           "HOST": lambda text: parse_name(text, 64), "WORD": parse_security}  # fmt: skip
+           "HOST": lambda text: parse_name(text, 64), "WORD": parse_security}
 
 
-def parse(words: "list[str]", options: Options) -> "list[str]":
+def parse(words, options):
     """Fill in the options and return the command of `run`, or none where help is asked for.
 
     Not by argparse, which takes the command's own words for options (sh -c, stress -m) and costs 8 ms.
@@ -761,7 +749,7 @@ def parse(words: "list[str]", options: Options) -> "list[str]":
     return words
 
 
-def store(options: Options, option: Option, name: str, value: str) -> None:
+def store(options, option, name, value):
     """Store the value of one option; `name` is how it was called."""
     if f"{option.long}={value}" in NOT_SET:
         return
@@ -771,14 +759,14 @@ def store(options: Options, option: Option, name: str, value: str) -> None:
             parsed = parse_number(value, *map(int, kind.split("..")))
         else:
             check(value and ("|" not in kind or value in kind.split("|")))
-            parsed = PARSERS.get(kind, str)(value)  # type: ignore[operator]
+            parsed = PARSERS.get(kind, str)(value)
     except ValueError:
         raise Failure(f"run: {name} {value!r}: it takes {option.metavar or 'true or false'}: {option.text}")
     setattr(options, option.dest, getattr(options, option.dest) + [parsed] if option.repeat else parsed)
     options.asked.add(option.long)
 
 
-def prepare(options: Options) -> None:
+def prepare(options):
     """Refuse what cannot work, and fill in what follows from the rest, before anything is done."""
     if os.readlink("/proc/self") != str(os.getpid()):  # we would take strangers for our processes
         raise Failure("/proc is that of another pid namespace", "mount -t proc proc /proc")
@@ -792,7 +780,7 @@ def prepare(options: Options) -> None:
             if not parse_list(wanted) <= parse_list(available):
                 raise Failure(f"--cpuset {wanted}: not all of these exist; available: {available}")
     if options.upperdir and is_below(os.path.realpath(f"{options.upperdir}/layer"),
-                                     tuple(map(os.path.realpath, options.rootfs))):  # fmt: skip
+                                     tuple(map(os.path.realpath, options.rootfs))):
         raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
     for path in [f"{top}/." for top in options.rootfs] + [row[1] for row in options.volume + options.device]:
         os.stat(path)  # raises where it is not there, or no directory
@@ -803,7 +791,7 @@ def prepare(options: Options) -> None:
     if options.rootless and not options.rootfs and options.asked & {"--upperdir", "--add-host"}:
         raise Failure("--upperdir, --add-host: without root the host's view is read-only", "--rootfs or sudo")
     options.hostname = options.hostname or (
-        os.uname().nodename if options.network == "host" else options.id)  # fmt: skip
+        os.uname().nodename if options.network == "host" else options.id)
 
 
 # ---- Cgroups, what it may use: make_cgroups, Cgroup ----------------------------------------------
@@ -811,12 +799,12 @@ def prepare(options: Options) -> None:
 CPU_PERIOD = 100000  # microseconds: the kernel's default
 # Why a limit cannot be set, and the remedy
 NO_CONTROLLER = ("there is no controller for it here", "/proc/cgroups shows which there are; "
-                 "some kernels want cgroup_enable=memory swapaccount=1 when they boot")  # fmt: skip
+                 "some kernels want cgroup_enable=memory swapaccount=1 when they boot")
 OWN_CGROUP = ("as root, or in a cgroup of your own: systemd-run --user --scope -p Delegate=yes python3 "
-              "mydocker.py run ...; in a container: limit that, or start it with --privileged")  # fmt: skip
+              "mydocker.py run ...; in a container: limit that, or start it with --privileged")
 
 
-def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
+def make_cgroups(options, undo):
     """Make the container's cgroups with all limits; return those that init is to join.
 
     A controller (memory, cpu) bounds one resource. v1 has a tree of cgroups for each of them, v2 one for all;
@@ -843,7 +831,7 @@ def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
                 raise
             cgroup.problem = f"no cgroup here is ours to use: {error.strerror}", OWN_CGROUP
     lost = {name: cgroup.problem for name, cgroup in wanted.items()
-            if cgroup not in joined or name not in cgroup.limits}  # fmt: skip
+            if cgroup not in joined or name not in cgroup.limits}
     if not joined:
         lost["--cgroup-parent"] = f"no cgroup can be made below {options.cgroup_parent}", OWN_CGROUP
     if options.rootless and lost.pop("--pids-limit", None):
@@ -855,7 +843,7 @@ def make_cgroups(options: Options, undo: "list") -> "list[Cgroup]":
     return joined
 
 
-def find_cgroups() -> "dict[str, Cgroup]":
+def find_cgroups():
     """Return the hierarchies that we use: of each v1 controller, and that of v2 under "".
 
     All of v1's, or a JVM ignores the limit that is there. The usual mount points are tried first: mountinfo
@@ -875,7 +863,7 @@ def find_cgroups() -> "dict[str, Cgroup]":
     return found
 
 
-def find_cgroup_mounts(controllers: str):  # type: ignore[no-untyped-def]
+def find_cgroup_mounts(controllers):
     """Yield where the hierarchy of these controllers may be mounted, and from which cgroup of it on."""
     for name in [controllers] if controllers else ["", "unified"]:
         yield f"/sys/fs/cgroup/{name}".rstrip("/"), ""
@@ -885,7 +873,7 @@ def find_cgroup_mounts(controllers: str):  # type: ignore[no-untyped-def]
             yield point, root.rstrip("/")
 
 
-def limit_value(name: str, version: int, options: Options):  # type: ignore[no-untyped-def]
+def limit_value(name, version, options):
     """Return what is to be written for a row of LIMITS on cgroup v1 or v2; None: nothing."""
     value = getattr(options, BY_NAME[name].dest)
     if value in (None, -1):  # a new cgroup has no limit
@@ -922,13 +910,13 @@ class Cgroup:
     is_asked = False  # by an option, as opposed to a default
     problem = NO_CONTROLLER  # why a limit cannot be set, and the remedy
 
-    def __init__(self, controllers: str, top: str, own: str) -> None:
+    def __init__(self, controllers, top, own):
         self.version = 1 if controllers else 2
         self.controllers, self.top, self.own = controllers, top, own  # own: where we are in it
         self.limits: "dict[str, tuple[str, str, str]]" = {}  # option: controller, file, value
         self.joins: "list[tuple[int, bytes]]" = []  # what init is to write, and the file to write it to
 
-    def make(self, options: Options, undo: "list") -> None:
+    def make(self, options, undo):
         """Make the cgroup, write every limit, read it back, open the files to join by."""
         parent = self.find_parent(options)
         if self.version == 2 and parent == self.own != self.top:
@@ -965,12 +953,12 @@ class Cgroup:
             for controller in sorted({row[0] for row in self.limits.values()}):
                 self.open_join(f"{directory}/cgroup.subtree_control", f"+{controller}")
 
-    def open_join(self, path: str, text: str) -> None:
+    def open_join(self, path, text):
         """Open a file for init to write `text` to."""
         fd = call("open", path, "O_WRONLY|O_CLOEXEC", why="init will join the cgroup by it: it sees no path")
         self.joins.append((fd, text.encode()))
 
-    def find_parent(self, options: Options) -> str:
+    def find_parent(self, options):
         """Return the cgroup below which ours goes."""
         if options.cgroup_parent:
             parent = self.top + options.cgroup_parent
@@ -990,7 +978,7 @@ class Cgroup:
                 return place
         return self.top
 
-    def hand_down(self, level: str) -> None:
+    def hand_down(self, level):
         """Make the controllers reach what is below `level`: v2 hands them down from each level to the next.
 
         What counts is what has come down in the end: set_limits() sees that.
@@ -1010,7 +998,7 @@ class Cgroup:
             except OSError as error:
                 self.problem = error.strerror, OWN_CGROUP
 
-    def set_limits(self, directory: str) -> None:
+    def set_limits(self, directory):
         """Write each limit and read it back: a value that the kernel changed is not the one asked for."""
         for name, (_, file, value) in list(self.limits.items()):
             path, is_list = f"{directory}/{file}", name.startswith("--cpuset")
@@ -1025,7 +1013,7 @@ class Cgroup:
             if back != value and not (is_list and parse_list(back) == parse_list(value)):
                 raise Failure(f"{name}: the kernel set {back} instead of {value} in {path}")
 
-    def hurry_join(self) -> None:
+    def hurry_join(self):
         """On v2 wait for the kernel's cgroup lock now, while init makes its mounts.
 
         The first write to any cgroup.procs waits 5 to 20 ms for an RCU grace period, until every CPU has
@@ -1036,7 +1024,7 @@ class Cgroup:
             path = f"{self.leaf or self.own}/cgroup.procs"  # where it is not ours, init will wait
             attempt(write_file, path, "0", "let the kernel get ready for init's move")
 
-    def end(self) -> None:
+    def end(self):
         """Say which limits were hit, as that a child was killed is easily overlooked; remove the cgroup."""
         pids, memory = self.limits.get("--pids-limit"), self.limits.get("--memory")
         if pids and self.count("pids.events", "max"):
@@ -1049,17 +1037,17 @@ class Cgroup:
                 where = "limit of a cgroup above"  # of a service, or a job
             log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the "
                         f"{where}; files in the writable layer and /dev/shm count, too: "
-                        "--upperdir and -v keep them on disk")  # fmt: skip
+                        "--upperdir and -v keep them on disk")
         remove_cgroup(self.directory)
 
-    def count(self, file: str, event: str) -> int:
+    def count(self, file, event):
         """Return how often it has happened. Older kernels count where the process is, newer at the limit."""
         words = ["0"]
         for place in self.directory, f"{self.directory}/container":
             words += (attempt(read_file, f"{place}/{file}", "what happened") or "").split()
         return max([int(number) for word, number in zip(words, words[1:]) if word == event], default=0)
 
-    def leave_leaf(self) -> None:
+    def leave_leaf(self):
         """Go back to where we were: a cgroup that hands something down takes no process."""
         for name in read_file(f"{self.own}/cgroup.subtree_control", "what is handed down").split():
             write_file(f"{self.own}/cgroup.subtree_control", f"-{name}", "hand nothing down any more")
@@ -1067,7 +1055,7 @@ class Cgroup:
         call("rmdir", self.leaf, why="remove the leaf of run()")
 
 
-def claim(directory: str) -> None:
+def claim(directory):
     """Make a cgroup and lock it for as long as this process lives, which keeps the descriptor."""
     call("mkdir", directory, 0o755, why="the container's own cgroup")
     try:
@@ -1079,7 +1067,7 @@ def claim(directory: str) -> None:
         raise
 
 
-def lock_cgroup(directory: str, how: str) -> int:
+def lock_cgroup(directory, how):
     """Return a descriptor that holds the lock of a cgroup. See flock(2)."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -1091,7 +1079,7 @@ def lock_cgroup(directory: str, how: str) -> int:
     return fd
 
 
-def sweep(directory: str) -> None:
+def sweep(directory):
     """Remove what killed runs have left: one of this name, and a few others, lest a crowd slow the start."""
     parent, own = os.path.split(directory)
     found = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
@@ -1103,14 +1091,14 @@ def sweep(directory: str) -> None:
             os.close(fd)
 
 
-def remove_cgroup(directory: str) -> None:
+def remove_cgroup(directory):
     """Remove a cgroup and, on v2, the one below it."""
     if os.path.exists(f"{directory}/container"):
         call("rmdir", f"{directory}/container", why="remove the cgroup of the processes")
     call("rmdir", directory, why="remove the container's cgroup")
 
 
-def is_delegated(cgroup: str) -> bool:
+def is_delegated(cgroup):
     """Tell whether a v2 cgroup was handed over to be divided.
 
     systemd marks what it gave away by Delegate=yes, and what it gave to a user belongs to that user. To root
@@ -1122,7 +1110,7 @@ def is_delegated(cgroup: str) -> bool:
     return os.stat(cgroup).st_uid == 0 and not marks.isdisjoint(os.listxattr(cgroup))
 
 
-def inherit_cpuset(path: str) -> str:
+def inherit_cpuset(path):
     """Return what is in a file of a v1 cpuset, filled from the one above: an empty cpuset lets nobody in."""
     text = read_file(path, "is it filled").strip()
     if not text:  # a --cgroup-parent may be empty, too
@@ -1136,7 +1124,7 @@ def inherit_cpuset(path: str) -> str:
 
 DEVICES = "/dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty".split()
 DEVICE_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1",
-                "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}  # fmt: skip
+                "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}
 # What Docker hides or freezes of /proc and /sys: of these the kernel has one for all containers
 MASKED_PATHS = """/proc/acpi /proc/asound /proc/interrupts /proc/kcore /proc/keys /proc/latency_stats
     /proc/sched_debug /proc/scsi /proc/timer_list /proc/timer_stats /sys/firmware
@@ -1168,7 +1156,7 @@ class Rootfs:
     not to a name: there is no moment and no rename in which it could be without them, or somewhere else.
     """
 
-    def __init__(self, options: Options, cgroups: "list[Cgroup]") -> None:
+    def __init__(self, options, cgroups):
         self.options, self.cgroups = options, cgroups
         self.bound = options.rootless and not options.rootfs
         self.nodev = "0" if options.privileged else "MS_NODEV"  # wherever a device node could be made
@@ -1177,7 +1165,7 @@ class Rootfs:
         # what furnish() attaches: (why, target, what to make there, clone or flags of a tmpfs, its options)
         self.mounts: "list" = [(f"--tmpfs {row[0]}", row[0], "shared", *row[1:]) for row in options.tmpfs]
 
-    def enter(self) -> None:
+    def enter(self):
         """Assemble the root, make it "/", let go of the host's.
 
         pivot_root(".", ".") takes the directory we stand in for both arguments: it becomes the root, and the
@@ -1204,10 +1192,10 @@ class Rootfs:
         call("chroot", ".", why="... which is where we still are, unless that was in a chroot")
         if attempt(os.readlink, "/proc/self") != "1":
             raise Failure("this is a chroot, whose inside could be left for the true root above: refused",
-                          "unshare --mount, bind the chroot on itself, and pivot_root into it")  # fmt: skip
+                          "unshare --mount, bind the chroot on itself, and pivot_root into it")
         self.place_cgroups()
 
-    def clone_device(self, path: str) -> int:
+    def clone_device(self, path):
         """Return a clone of a device node of the host's.
 
         As root it is a node of our own, on a tmpfs that may have them, so that chmod and chown inside do not
@@ -1224,7 +1212,7 @@ class Rootfs:
                 call("chown", path, status.st_uid, status.st_gid, why="as the host's")
         return clone_tree(path, "a device for the container")
 
-    def mount_bound_view(self) -> None:
+    def mount_bound_view(self):
         """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them.
 
         In a user namespace they hang together: what is not to be seen cannot be left out, but covered.
@@ -1232,7 +1220,7 @@ class Rootfs:
         log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
         rows = list(read_mountinfo())
         attach(clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV"),
-               open_path("/", "the root"), "over the old root")  # fmt: skip
+               open_path("/", "the root"), "over the old root")
         self.top = open_path("/..", "the new root, mounted over the old")
         devices = {row[3]: row[1] for row in rows}
         for _, device, root, point, fstype, _ in rows:
@@ -1248,14 +1236,14 @@ class Rootfs:
                 else:
                     hide(place, why)
 
-    def mount_overlays(self) -> None:
+    def mount_overlays(self):
         """Make the root-to-be of an overlay of the rootfs, or of one for each filesystem of the host."""
         options = self.options
         rows = [] if options.rootfs else list(read_mountinfo())  # a namespace just copied lists parents first
         # overlay wants the topmost first
         lowers = [open_path(path, "a layer of --rootfs") for path in options.rootfs[::-1] or ["/"]]
         mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700",
-              "memory for what is written: it goes with the container")  # fmt: skip
+              "memory for what is written: it goes with the container")
         self.layer = self.memory = open_path("/..", "what was mounted over the root")
         if options.upperdir:
             self.layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
@@ -1268,7 +1256,7 @@ class Rootfs:
             if point != "/" and fstype not in PSEUDO_FILESYSTEMS and not is_below(point, PRIVATE_PATHS):
                 self.show_filesystem(point, number, lowers[0])
 
-    def show_filesystem(self, path: str, number: str, host: int) -> None:
+    def show_filesystem(self, path, number, host):
         """Show a filesystem of the host like its root, or read-only, or, where neither can be, not at all."""
         why = f"the host's {path}"
         try:
@@ -1291,7 +1279,7 @@ class Rootfs:
             if error.errno not in COVERED:  # nobody on the host sees it, either
                 log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
 
-    def mount_overlay(self, lowers: "list[int]", path: str, target: str) -> None:
+    def mount_overlay(self, lowers, path, target):
         """Mount on `target` the directories `lowers`, topmost first, with a writable layer for `path`.
 
         `lowers` are never changed; what is written goes to upperdir; workdir, beside that, is where overlay
@@ -1308,7 +1296,7 @@ class Rootfs:
             data += ",userxattr"  # overlay marks files by xattrs; trusted.* needs root outside
         mount("overlay", target, "overlay", self.nodev, data, "a writable layer over what is never changed")
 
-    def fill_layer(self, layers: "list[str]") -> None:
+    def fill_layer(self, layers):
         """Put /etc/hosts, hostname and resolv.conf of the container's own into the layer, before it is one.
 
         There they replace what the image has, even a link that leads nowhere; where that cannot be, it stays.
@@ -1316,7 +1304,7 @@ class Rootfs:
         options = self.options
         etc = self.make_below(layers, "/etc")
         texts = {"hostname": options.hostname + "\n", "resolv.conf": "",
-                 "hosts": f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost\n"}  # fmt: skip
+                 "hosts": f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost\n"}
         for name, text in texts.items() if etc else ():
             if options.network == "host":
                 text = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
@@ -1332,7 +1320,7 @@ class Rootfs:
         for target, *_ in rows if options.rootless else ():
             self.make_below(layers, os.path.dirname(target))
 
-    def make_below(self, layers: "list[str]", path: str) -> str:
+    def make_below(self, layers, path):
         """Make a directory in the layer, the first of `layers`, like the next that has it; return where.
 
         Return "" where something else is in the way: a link could lead out.
@@ -1352,7 +1340,7 @@ class Rootfs:
                 call("chmod", place, below.st_mode, why="as the one below")
         return place
 
-    def mount_own(self) -> None:
+    def mount_own(self):
         """Mount what is the container's own in every view, while the host's /proc and /sys are there.
 
         In a user namespace the kernel wants to see those before it mounts others.
@@ -1389,7 +1377,7 @@ class Rootfs:
         for name, text in DEVICE_LINKS.items():
             call("symlink", text, f"{at(self.top)}/dev/{name}", why="programs expect it")
 
-    def place_cgroups(self) -> None:
+    def place_cgroups(self):
         """Open where the cgroups go: init mounts them when it has joined; volumes may be on /sys by then."""
         top, why = "/sys/fs/cgroup", "where the cgroups go"
         if not exists(top):
@@ -1406,7 +1394,7 @@ class Rootfs:
                 call("symlink", names, f"{top}/{name}", why="as on the host")
         set_attributes(open_path(top, why), "MOUNT_ATTR_RDONLY", "it is complete", "0")
 
-    def mask(self) -> None:
+    def mask(self):
         """Hide what tells of the host, freeze what would change the one kernel that all share."""
         if self.options.privileged:
             return
@@ -1419,7 +1407,7 @@ class Rootfs:
             else:
                 hide(open_path(path, why), why)
 
-    def furnish(self) -> None:
+    def furnish(self):
         """Mount what --tmpfs and --volume ask for, parents first. The command's terminal is open by now."""
         for why, target, kind, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
             place = open_inside(target, why, kind)
@@ -1434,23 +1422,23 @@ class Rootfs:
                 data += f",mode={os.fstat(place).st_mode:o}"
             mount("tmpfs", at(place), "tmpfs", f"{source}|{self.nodev}", data, why)
 
-    def freeze(self) -> None:
+    def freeze(self):
         """Make the root read-only, if it is to be: the root alone, not what is mounted below it."""
         for fd in self.overlays if self.options.read_only else ():
             set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only", "0")
 
 
-def is_directory(fd: int) -> bool:
+def is_directory(fd):
     """Tell whether a descriptor is one of a directory."""
     return stat.S_ISDIR(os.fstat(fd).st_mode)
 
 
-def open_path(path: str, why: str, flags: str = "") -> int:
+def open_path(path, why, flags=""):
     """Return an O_PATH descriptor: it names the place from now on, whatever becomes of the name."""
     return call("open", path, flags + "O_PATH|O_CLOEXEC", why=why)
 
 
-def clone_tree(path: str, why: str, flags: str = "", recursive: str = "AT_RECURSIVE") -> int:
+def clone_tree(path, why, flags="", recursive="AT_RECURSIVE"):
     """Return a copy of the mount at `path`, with all below; attached nowhere yet. See open_tree(2)."""
     fd = call("open_tree", "AT_FDCWD", path, f"OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC|{recursive}", why=why)
     if flags:
@@ -1458,22 +1446,22 @@ def clone_tree(path: str, why: str, flags: str = "", recursive: str = "AT_RECURS
     return fd
 
 
-def set_attributes(fd: int, flags: str, why: str, recursive: str) -> None:
+def set_attributes(fd, flags, why, recursive):
     """Add flags to the mount behind `fd`, and to all below it. See mount_setattr(2)."""
     # struct mount_attr: set, clear, propagation, userns
     attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)
     call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes),
-         why=f"{why} ({flags})")  # fmt: skip
+         why=f"{why} ({flags})")
 
 
-def attach(clone: int, place: int, why: str) -> None:
+def attach(clone, place, why):
     """Attach what clone_tree() returned to what `place` refers to; close both. See move_mount(2)."""
     call("move_mount", clone, "", place, "", "MOVE_MOUNT_F_EMPTY_PATH|MOVE_MOUNT_T_EMPTY_PATH", why=why)
     os.close(clone)
     os.close(place)
 
 
-def hide(place: int, why: str) -> None:
+def hide(place, why):
     """Cover a directory with an empty one, anything else with the null device."""
     if is_directory(place):
         mount("tmpfs", at(place), "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", why)
@@ -1481,7 +1469,7 @@ def hide(place: int, why: str) -> None:
         attach(clone_tree("/dev/null", why), place, why)
 
 
-def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_FDCWD") -> int:
+def open_inside(path, why, create="", root="AT_FDCWD"):
     """Return an O_PATH descriptor for `path`, every symlink resolved inside the root, or refused.
 
     `create` is what to make if it is missing: a "file", a "dir", or one "shared" by all users, as /tmp is.
@@ -1510,7 +1498,7 @@ def open_inside(path: str, why: str, create: str = "", root: "int | str" = "AT_F
     return open_inside(os.path.join(above, link or name), why, create, root)
 
 
-def create_file(path: str, text: str, why: str = "a file of the container's own") -> None:
+def create_file(path, text, why="a file of the container's own"):
     """Create a file, which is not there yet."""
     fd = call("open", path, "O_WRONLY|O_CREAT|O_EXCL|O_CLOEXEC", 0o644, why=why)
     if text:
@@ -1518,7 +1506,7 @@ def create_file(path: str, text: str, why: str = "a file of the container's own"
     os.close(fd)
 
 
-def exists(path: str) -> bool:
+def exists(path):
     """Tell whether `path` exists. os.path.exists() says no to every error: a path to hide would stay."""
     try:
         os.stat(path)
@@ -1527,18 +1515,18 @@ def exists(path: str) -> bool:
     return True
 
 
-def read_mountinfo():  # type: ignore[no-untyped-def]
+def read_mountinfo():
     """Yield (id, device, root, mount point, type, its options) of each mount. See proc_pid_mountinfo(5)."""
     for line in read_file("/proc/self/mountinfo", "read the table of mounts").rstrip("\n").split("\n"):
         number, _, device, *paths = line.split(" ")
         # \040 is a space; splitlines() would also split at what a name may have
         root, point = (os.fsdecode(os.fsencode(path).decode("unicode_escape").encode("latin-1"))
-                       for path in paths[:2])  # fmt: skip
+                       for path in paths[:2])
         fstype, _, words = paths[paths.index("-") + 1 :][:3]
         yield number, device, root, point, fstype, words
 
 
-def mount_id(path: str) -> str:
+def mount_id(path):
     """Return the number that mountinfo gives the mount that `path` is in. See proc_pid_fdinfo(5)."""
     fd = open_path(path, "which mount is this")
     text = read_file(f"/proc/self/fdinfo/{fd}", "which mount is this")
@@ -1546,7 +1534,7 @@ def mount_id(path: str) -> str:
     return text.partition("mnt_id:")[2].split()[0]
 
 
-def is_below(path: str, places: "tuple[str, ...]") -> bool:
+def is_below(path, places):
     """Tell whether `path` is one of `places` or somewhere below one."""
     return any((path + "/").startswith(place + "/") for place in places)
 
@@ -1602,7 +1590,7 @@ JUDGED_CALLS = {
 }
 
 
-def seccomp_filter(kept: "set[str]") -> bytes:
+def seccomp_filter(kept):
     """Return the program that the kernel runs at every system call of the container. See seccomp(2).
 
     Classic BPF, <linux/bpf_common.h>, over struct seccomp_data: the number at offset 0, the
@@ -1619,7 +1607,7 @@ def seccomp_filter(kept: "set[str]") -> bytes:
         (load, 0, 0, 4), (equal, 1, 0, ARCHITECTURE), unknown,
         (load, 0, 0, 0), (at_least, 0, 1, LAST_CALL + 1), unknown,
         (at_least, 0, 2, GAP_FROM[COLUMN]), (at_least, 1, 0, GAP_TO + 1), unknown,
-    ]  # fmt: skip
+    ]
     for capabilities, calls in (*REFUSED_CALLS.items(), *JUDGED_CALLS.items()):
         for row in calls.split() if kept.isdisjoint(capabilities.split()) else ():
             name, *words = row.split(":")
@@ -1633,7 +1621,7 @@ def seccomp_filter(kept: "set[str]") -> bytes:
     return b"".join(struct.pack("HBBI", *step) for step in [*program, allow])  # struct sock_filter
 
 
-def change_user(options: Options, uid: int, gid: int, groups: "list[int]", kept: "set[str]") -> None:
+def change_user(options, uid, gid, groups, kept):
     """Become the command's user, with these capabilities at most. See credentials(7), capabilities(7)."""
     bits = int(read_file("/proc/self/status", "the bounding set").partition("\nCapBnd:\t")[2][:16], 16)
     for bit, name in enumerate(CAPABILITY_NAMES):
@@ -1651,11 +1639,11 @@ def change_user(options: Options, uid: int, gid: int, groups: "list[int]", kept:
     # more. Inheritable and, with it, ambient are emptied: through them the caller's would survive execve
     high, low = divmod(0 if uid else bits, 1 << 32)
     call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", low, low, 0, high, high, 0),
-         why="keep these capabilities and no others")  # fmt: skip
+         why="keep these capabilities and no others")
     call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="again: the change of user took that back")
 
 
-def read_inside(path: str, colons: int) -> "list[list[str]]":
+def read_inside(path, colons):
     """Return the fields of a file like /etc/passwd inside; none when there is no such file."""
     try:
         fd = open_inside(path, "look up the user")
@@ -1670,13 +1658,13 @@ def read_inside(path: str, colons: int) -> "list[list[str]]":
     return [line.split(":") for line in lines if line.count(":") >= colons and "\0" not in line]
 
 
-def look_up(word: str, rows: "list[list[str]]") -> "list[str]":
+def look_up(word, rows):
     """Return the first row of this name; of this number, if it is one; or one that says nothing more."""
     column = 2 if word.isdecimal() else 0
     return next((row for row in rows if row[column] == word), ["", "", word, "0", "", "/"])
 
 
-def find_user(options: Options) -> "tuple[int, int, list[int], str]":
+def find_user(options):
     """Return (uid, gid, supplementary groups, home) for --user, by the container's own files.
 
     A number is looked up for its home and its groups, never as a name. See passwd(5), group(5).
@@ -1699,11 +1687,11 @@ def find_user(options: Options) -> "tuple[int, int, list[int], str]":
         raise Failure(f"{asked}: in more than 65536 groups of the container's /etc")
     if options.rootless and any(ids[:2]):
         raise Failure(f"{asked}: without root there is but one user inside: 0, the caller",
-                      "with sudo there are all")  # fmt: skip
+                      "with sudo there are all")
     return ids[0], ids[1], groups, home or "/"
 
 
-def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -> None:
+def drop_privileges(options, uid, gid, groups):
     """Give up, for good, what the command is not to have. Runs in init, last before execve.
 
     In this order: what the filter refuses, keyctl among it, comes before it; without no_new_privs the kernel
@@ -1723,13 +1711,13 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
         call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
     if options.process_limit:  # refused where the caller's own is lower already
         attempt(call, "setrlimit", RESOURCES.index("nproc"), options.process_limit,
-                why="--pids-limit without a cgroup")  # fmt: skip
+                why="--pids-limit without a cgroup")
     if not options.privileged and "seccomp=unconfined" not in options.security_opt:
         program = ctypes.create_string_buffer(seccomp_filter(kept))
         # struct sock_fprog: how many steps, where they are
         fprog = ctypes.create_string_buffer(struct.pack("HP", len(program) // 8, ctypes.addressof(program)))
         call("prctl", "PR_SET_SECCOMP", "SECCOMP_MODE_FILTER", ctypes.addressof(fprog), 0, 0,
-             why="from here on the kernel asks this filter at every call")  # fmt: skip
+             why="from here on the kernel asks this filter at every call")
     change_user(options, uid, gid, groups, kept)
     if not options.privileged and "no-new-privileges=false" not in options.security_opt:
         call("prctl", "PR_SET_NO_NEW_PRIVS", 1, 0, 0, 0, why="setuid programs give nothing more")
@@ -1740,7 +1728,7 @@ def drop_privileges(options: Options, uid: int, gid: int, groups: "list[int]") -
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def close_all_but(*kept: int) -> None:
+def close_all_but(*kept):
     """Close every descriptor but 0 to 2 and `kept`.
 
     Close-on-exec would be too late: while execve looks up the command, its #! interpreter and its loader,
@@ -1754,7 +1742,7 @@ def close_all_but(*kept: int) -> None:
         first = fd + 1
 
 
-def set_up_network(options: Options) -> None:
+def set_up_network(options):
     """Bring up lo, all that a new network namespace has; let everybody have port 80, ping. netdevice(7)."""
     fd = call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that")
     request = struct.pack("16sH14x", b"lo", 1)  # struct ifreq: IFF_UP
@@ -1762,10 +1750,10 @@ def set_up_network(options: Options) -> None:
     attempt(write_file, "/proc/sys/net/ipv4/ip_unprivileged_port_start", "0", "nobody is in the way there")
     attempt(write_file, "/proc/sys/net/ipv4/ping_group_range",
             "0 0" if options.rootless else "0 2147483647",  # in a user namespace there is but one group
-            "nobody is hurt by an echo")  # fmt: skip
+            "nobody is hurt by an echo")
 
 
-def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> None:
+def join_cgroups(options, cgroups, places):
     """Enter the cgroups, then see them as the root of all cgroups. See cgroup_namespaces(7).
 
     Late, so that this interpreter is not charged and small limits work; before the command's first
@@ -1788,7 +1776,7 @@ def join_cgroups(options: Options, cgroups: "list[Cgroup]", places: "list") -> N
         mount("cgroup", at(place), fstype, flags, cgroup.controllers, "its own cgroup, nothing above")
 
 
-def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
+def attach_stdio(options, stdio):
     """Give the command 0 to 2: a terminal of its own, pipes to run(), or the caller's files."""
     if options.tty:
         fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why="run() holds its other end")
@@ -1802,7 +1790,7 @@ def attach_stdio(options: Options, stdio: "dict[int, int]") -> None:
         call("dup2", fd, target, why="stdin, stdout, stderr")
 
 
-def give_stdio(uid: int) -> None:
+def give_stdio(uid):
     """Give terminals and pipes at 0 to 2 to the command's user, who may want to open /dev/stdout by name."""
     for fd in range(3) if uid else ():
         # pipes without a name: a FIFO of the host's stays as it is
@@ -1810,7 +1798,7 @@ def give_stdio(uid: int) -> None:
             call("fchown", fd, uid, -1, why="it is its user's")
 
 
-def enter_workdir(options: Options) -> None:
+def enter_workdir(options):
     """Stand where the command is to start: --workdir, or in host view the caller's directory."""
     chosen = options.workdir or ("/" if options.rootfs else "")
     # there other files have the same names
@@ -1826,7 +1814,7 @@ def enter_workdir(options: Options) -> None:
         log.warning(f"the current directory {where} is not visible inside: starting in /")
 
 
-def environment(options: Options, home: str) -> "dict[str, str]":
+def environment(options, home):
     """Return the command's environment: these and what --env names, nothing else of the caller's."""
     env = {"PATH": DEFAULT_PATH, "HOSTNAME": options.hostname, "TERM": "xterm" if options.tty else None}
     for text in sum(options.env_file, []) + options.env:
@@ -1836,7 +1824,7 @@ def environment(options: Options, home: str) -> "dict[str, str]":
     return {name: value for name, value in env.items() if value is not None}
 
 
-def restore_signals(caller_mask: "set[int]") -> None:
+def restore_signals(caller_mask):
     """Reset what execve would hand on: ignored signals, and the mask of run().
 
     A handler of Python's would take a pending SIGINT. HUP stays as the caller has it, who may be nohup.
@@ -1846,14 +1834,14 @@ def restore_signals(caller_mask: "set[int]") -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
 
 
-def find_command(command: str, path: str) -> "list[str]":
+def find_command(command, path):
     """Return where `command` may be: as it is with a slash in it, else in each directory of `path`."""
     if "/" in command:
         return [command]
     return [f"{place or '.'}/{command}" for place in path.split(":") if command]
 
 
-def refuse_own_python(paths: "list[str]") -> None:
+def refuse_own_python(paths):
     """Refuse what leads to the host's Python by /proc/self/exe: a command, or what its #! names.
 
     Until execve, our /proc/self/exe is the host's Python. A command that leads there would start it with
@@ -1865,10 +1853,10 @@ def refuse_own_python(paths: "list[str]") -> None:
         for program in follow_interpreters(path):
             if attempt(is_own_python, program):
                 raise Failure(f"{path}: leads to the program that runs mydocker: refused", "",
-                              EXIT_NOT_EXECUTABLE)  # fmt: skip
+                              EXIT_NOT_EXECUTABLE)
 
 
-def is_own_python(path: str) -> bool:
+def is_own_python(path):
     """Tell whether `path` is the program of this process, by the mount that it is in.
 
     Every mount of the container, copies of the host's, too, has a number of its own: no other file of it is
@@ -1877,7 +1865,7 @@ def is_own_python(path: str) -> bool:
     return mount_id(path) == mount_id("/proc/self/exe")
 
 
-def follow_interpreters(path: str) -> "list[str]":
+def follow_interpreters(path):
     """Return `path` and the interpreters to which its #! leads, as the kernel reads it. See execve(2)."""
     found = [path]
     try:
@@ -1897,7 +1885,7 @@ def follow_interpreters(path: str) -> "list[str]":
     return found
 
 
-def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[str, str]") -> None:
+def execute(options, argv, paths, env):
     """Become the command, one of `paths` inside. Raises Failure when it cannot. See execve(2).
 
     By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
@@ -1923,7 +1911,7 @@ def execute(options: Options, argv: "list[str]", paths: "list[str]", env: "dict[
 # ---- Outside, the rest of run: Terminal, Container -----------------------------------------------
 
 
-def relay_terminals(options: Options) -> "tuple[dict[int, int], dict[int, int]]":
+def relay_terminals(options):
     """Return what the command gets in place of terminals at 0 to 2, without -t, and our ends of that.
 
     The caller's terminal never goes in: whoever holds one can read what is typed next, or change its mode.
@@ -1946,7 +1934,7 @@ class Terminal:
     container's own devpts, so that it has a name there; only its master is here. See pty(7), ioctl_tty(2).
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid):
         # by the root of the new process: no code of the container runs yet
         path, flags = f"/proc/{pid}/root/dev/pts/ptmx", "O_RDWR|O_NOCTTY|O_CLOEXEC"
         self.master = call("open", path, f"{flags}|O_NONBLOCK", why="the master of a new pty, in its devpts")
@@ -1959,7 +1947,7 @@ class Terminal:
         if not os.isatty(0):
             log.warning("stdin is not a terminal: -t gives the command one all the same")
 
-    def set_raw(self) -> None:
+    def set_raw(self):
         """Have the caller's terminal pass every key on: what Ctrl-C means is for the container's to say."""
         if os.isatty(0):
             self.saved = self.saved or call("tcgetattr", 0, why="to put the caller's terminal back")
@@ -1967,7 +1955,7 @@ class Terminal:
             raw = [0, 0, self.saved[2], 0, *self.saved[4:]]  # no flag for input, output, keys
             call("tcsetattr", 0, "TCSANOW", raw, why="the caller's terminal passes on every key")
 
-    def type_end(self) -> float:
+    def type_end(self):
         """Type ^D, the end of the input, once all before it is read; return when to come again.
 
         Not earlier: a line editor that changes the terminal's mode would lose it. And again, at longer and
@@ -1978,20 +1966,20 @@ class Terminal:
             self.pause = min(2 * self.pause, 5)
         return time.monotonic() + self.pause
 
-    def resize(self) -> None:
+    def resize(self):
         """Give the container's terminal the size of the caller's; the kernel sends SIGWINCH inside."""
         for fd in filter(os.isatty, (2, 1, 0)):  # the last decides
             size = call("ioctl", fd, "TIOCGWINSZ", bytes(8), why="the size of the caller's terminal")
             call("ioctl", self.master, "TIOCSWINSZ", size, why="the container's has the same")
 
-    def restore(self) -> None:
+    def restore(self):
         """Put the caller's terminal back as it was. Runs on every way out."""
         log.end = b"\n"
         if self.saved and is_foreground():  # not TCSADRAIN: it waits for a terminal that is stopped
             call("tcsetattr", 0, "TCSANOW", self.saved, why="put the caller's terminal back")
 
 
-def is_foreground() -> bool:
+def is_foreground():
     """Tell whether the terminal at stdin listens to this job; if it is not our own it has no say."""
     return attempt(os.tcgetpgrp, 0) in (None, os.getpgrp())
 
@@ -2004,7 +1992,7 @@ UNWATCHED = "SIGKILL SIGSTOP SIGPIPE SIGURG SIGTSTP SIGTTIN SIGTTOU".split()
 SIGNALS = {NAMES[name]: name for name in sorted(vars(signal), reverse=True) if name.startswith("SIG")}
 
 
-def watch_signals() -> "tuple[set[int], int]":
+def watch_signals():
     """Block the signals that run() cares for; return (the mask before, a descriptor to read them from).
 
     Blocked, none can end run() between two steps, and none is lost between fork and exec. What the
@@ -2014,7 +2002,7 @@ def watch_signals() -> "tuple[set[int], int]":
     for number in (signal.SIGCHLD, signal.SIGWINCH, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     watched = [number for number in signal.valid_signals() if SIGNALS.get(number) not in UNWATCHED
-               and signal.getsignal(number) != signal.SIG_IGN]  # fmt: skip
+               and signal.getsignal(number) != signal.SIG_IGN]
     # SIGTTOU is only blocked: to put the terminal back must not stop us
     caller_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*watched, signal.SIGTTOU])
     sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")  # bit n-1 is signal n
@@ -2028,7 +2016,7 @@ class Container:
     poll(2)), and goes on when that has come.
     """
 
-    def __init__(self, options: Options, pid: int, signal_fd: int) -> None:
+    def __init__(self, options, pid, signal_fd):
         self.options, self.pid, self.signal_fd = options, pid, signal_fd
         self.tasks: "dict" = {}  # "start", or which descriptor of the caller's is relayed: (task, fd, event)
         self.wstatus = self.keys = None
@@ -2040,7 +2028,7 @@ class Container:
         why = "to see what it becomes before that can do anything"
         self.held = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC", why=why) == 0
 
-    def supervise(self, argv: "list[str]", command_fd: int, ready_fd: int, ours: "dict[int, int]") -> int:
+    def supervise(self, argv, command_fd, ready_fd, ours):
         """Relay signals and terminals until the command has ended; return its wait status."""
         self.go_on("start", self.start(argv, command_fd, ready_fd))
         for number, fd in ours.items():
@@ -2059,7 +2047,7 @@ class Container:
                 break
         return self.wstatus
 
-    def wait(self, deadline: float) -> bool:
+    def wait(self, deadline):
         """Wait for a signal or what a task waits for, and act on it; tell whether one came in time."""
         interests = {fd: event for _, fd, event in self.tasks.values()}
         interests[self.signal_fd] = select.POLLIN
@@ -2071,14 +2059,14 @@ class Container:
                 self.go_on(name, task)
         return bool(ready)
 
-    def go_on(self, name, task) -> None:  # type: ignore[no-untyped-def]
+    def go_on(self, name, task):
         """Let a task run until it waits for something, or is done."""
         for wait in task:
             self.tasks[name] = task, *wait
             return
         self.tasks.pop(name, None)
 
-    def start(self, argv: "list[str]", command_fd: int, ready_fd: int):  # type: ignore[no-untyped-def]
+    def start(self, argv, command_fd, ready_fd):
         """Be the task that gets the command under way: send it, with -t when the terminal is there."""
         data = os.fsencode("\0".join([*argv, ""]))  # a NUL after each word: spaces and quotes survive
         try:
@@ -2101,7 +2089,7 @@ class Container:
                 self.keys = self.relay(0, os.dup(self.terminal.master))
                 self.take_keys()
 
-    def relay(self, number: int, ours: int):  # type: ignore[no-untyped-def]
+    def relay(self, number, ours):
         """Be the task that relays between 0, 1 or 2 of the caller's and our end of the container's.
 
         4 KiB at a time: a pty gives no more, and a pipe that polls writable takes as much.
@@ -2138,20 +2126,20 @@ class Container:
             if self.terminal:
                 self.next_end = 0
 
-    def take_keys(self) -> None:
+    def take_keys(self):
         """Begin to relay what is typed, or wait for SIGCONT: in the background the terminal is another's."""
         if self.keys and is_foreground():
             self.terminal.set_raw()
             if 0 not in self.tasks:
                 self.go_on(0, self.keys)
 
-    def refuse_python(self) -> None:
+    def refuse_python(self):
         """Kill what became the host's Python past refuse_own_python(): an exchanged file, binfmt_misc."""
         # None: it has ended already
         if attempt(is_own_python, f"/proc/{self.pid}/exe"):
             self.kill("the command became the program that runs mydocker: killed")
 
-    def take_signal(self, number: int) -> None:
+    def take_signal(self, number):
         """Act on a signal: pass it on; the first of STOPPING starts the timeout, then TERM or INT kills.
 
         What is passed on before the execve is pending until then: init was forked with all of them blocked.
@@ -2176,7 +2164,7 @@ class Container:
             if name in STOPPING and not self.stopped_by:
                 self.stopped_by, self.deadline = name, time.monotonic() + self.options.stop_timeout
 
-    def reap(self, flags: str = "WNOHANG") -> None:
+    def reap(self, flags="WNOHANG"):
         """Take the wait status if the container has ended; let it go on where the tracing has stopped it."""
         while self.wstatus is None:
             pid, wstatus = call("waitpid", self.pid, flags, why="has the container ended")
@@ -2195,13 +2183,13 @@ class Container:
             except ProcessLookupError:
                 pass  # it was killed meanwhile
 
-    def kill(self, message: str) -> None:
+    def kill(self, message):
         """Kill the container, and say which step ended it: last, as stderr may be a stopped terminal."""
         call("kill", self.pid, "SIGKILL", why="with PID 1 the kernel kills all of its namespace")
         self.deadline = math.inf
         log.warning(message)
 
-    def end(self) -> None:
+    def end(self):
         """Leave no process and no changed terminal behind, also when run() fails half-way."""
         try:
             if self.wstatus is None:
@@ -2212,7 +2200,7 @@ class Container:
                 self.terminal.restore()
 
 
-def enter_user_namespace() -> None:
+def enter_user_namespace():
     """Become root of a user namespace, where root is the caller outside. See user_namespaces(7).
 
     Before any other namespace: to make one takes CAP_SYS_ADMIN, which is had in this one only.
@@ -2224,7 +2212,7 @@ def enter_user_namespace() -> None:
     write_file("/proc/self/uid_map", f"0 {uid} 1", "in the user namespace user 0 is the caller")
 
 
-def lock(fd: int, why: str) -> None:
+def lock(fd, why):
     """Lock a file until this process ends, however it ends. See flock(2)."""
     try:
         call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
@@ -2232,7 +2220,7 @@ def lock(fd: int, why: str) -> None:
         raise Failure(f"{why}: in use: another container is using it") from None
 
 
-def lock_upperdir(options: Options) -> None:
+def lock_upperdir(options):
     """Make what --upperdir needs and lock it: one container at a time."""
     layer, why = f"{options.upperdir}/layer", f"--upperdir {options.upperdir}"
     call("makedirs", layer, 0o700, True, why=why)  # True: it may exist, or be made by another run just now
@@ -2244,7 +2232,7 @@ def lock_upperdir(options: Options) -> None:
     options.layer_lock = fd
 
 
-def write_pidfile(path: str, pid: int, undo: "list") -> None:
+def write_pidfile(path, pid, undo):
     """Write the host's pid of PID 1 to a file that is locked, and so ours, until its removal at the end.
 
     All by a descriptor of its directory: what others make of the path meanwhile does not matter.
@@ -2255,7 +2243,7 @@ def write_pidfile(path: str, pid: int, undo: "list") -> None:
     fd = call("open", place, "O_RDWR|O_CREAT|O_NOFOLLOW|O_NONBLOCK|O_NOCTTY|O_CLOEXEC", 0o644, why=why)
     status = os.fstat(fd)
     if (not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1
-            or os.read(fd, 32).strip(b"0123456789\n")):  # fmt: skip
+            or os.read(fd, 32).strip(b"0123456789\n")):
         raise Failure(f"{why}: it exists, and is not an old pidfile of the caller's own: not replaced")
     lock(fd, why)
     undo.append(lambda: call("unlink", place, why="the --pidfile of a container that is gone"))
@@ -2266,16 +2254,16 @@ def write_pidfile(path: str, pid: int, undo: "list") -> None:
 # ---- Command line: print_help --------------------------------------------------------------------
 
 
-def print_help() -> None:
+def print_help():
     """Describe the command line. argparse is imported here only: nothing else needs it."""
     import argparse
 
     status = ("Exit status: the command's; 125 when mydocker failed, 126 when it cannot be executed, "
-              "127 when it is not found, 128+n when signal n killed it.")  # fmt: skip
+              "127 when it is not found, 128+n when signal n killed it.")
     parser = argparse.ArgumentParser(
         usage=f"{USAGE}, or mydocker.py --version", epilog=status, add_help=False,
         description="Run COMMAND in a new container; the first word that is no option begins it.",
-    )  # fmt: skip
+    )
     parser.add_argument("--help", action="help", help="show this")
     for option in TABLE:
         kind: "dict" = {"metavar": option.metavar} if option.metavar else {"action": "store_true"}
@@ -2283,7 +2271,7 @@ def print_help() -> None:
     print(parser.format_help(), end="", flush=True)  # by print_help, an error of stdout would be lost
 
 
-def main_after_script(*_: object) -> None:
+def main_after_script(*_):
     """Be the program as sys.excepthook, which Python calls when the script has been left."""
     if hasattr(_libc, "malloc_trim"):  # glibc: give freed memory back to the kernel
         _libc.malloc_trim(0)
