@@ -246,12 +246,9 @@ log = Log()
 
 # ---- System calls: call() is the one door to the kernel ------------------------------------------
 
-MACHINES = {  # uname -m: which column of numbers below, AUDIT_ARCH_* of <linux/audit.h>
-    "x86_64": (0, 0xC000003E),
-    "aarch64": (1, 0xC00000B7),
-    "riscv64": (1, 0xC00000F3),
-    "loongarch64": (1, 0xC0000102),
-}
+# uname -m: which column of numbers below, AUDIT_ARCH_* of <linux/audit.h>
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7), "riscv64": (1, 0xC00000F3),
+            "loongarch64": (1, 0xC0000102)}
 COLUMN, ARCHITECTURE = MACHINES.get(os.uname().machine, (-1, 0))
 
 # What C calls by these names: what Python's modules have of it, the rest from the kernel's headers
@@ -274,8 +271,7 @@ TIOCSPTLCK=0x40045431 TIOCGPTPEER=0x5441
     NAMES[_name] = int(_value, 0)
 
 # Arguments as in section 2 of the manual: s a string or struct, i int, o int shown in octal, L unsigned
-# long; and, where not every libc has the call, its number on x86_64 and on the others, for syscall(2).
-# Where Python has a function of that name it makes the call.
+# long; its number on x86_64 and on the others, for syscall(2). Python makes it if it has it.
 _PROTOTYPES = {name: rest for name, *rest in (row.split(":") for row in """
     capset:ss chmod:so close_range:iii:436:436 flock:ii ftruncate:ii ioctl:iis keyctl:is:250:219 kill:ii
     makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL:442:442 move_mount:isisi:429:429 open:sio
@@ -288,10 +284,7 @@ _libc = ctypes.CDLL(None, use_errno=True)  # the libc that Python itself runs on
 
 def value_of(names):
     """Return the value of flags by their names in C: MS_REC|MS_PRIVATE."""
-    value = 0
-    for name in names.split("|"):
-        value |= NAMES[name]
-    return value
+    return sum(NAMES[name] for name in {*names.split("|")})
 
 
 def show(arg, letter=" "):
@@ -332,7 +325,7 @@ def call(name, *args, why):
     try:
         if name in NAMES:
             result = NAMES[name](*raw)
-        elif numbers:
+        elif numbers:  # not every libc has the call
             result = call_libc("syscall", "L" + letters, [int(numbers[COLUMN]), *raw])
         else:
             result = call_libc(name, letters, raw)
@@ -353,7 +346,7 @@ def call_libc(name, letters, args):
     result = function(*[os.fsencode(arg) if isinstance(arg, str) else arg for arg in args])
     if result == -1:
         raise OSError(ctypes.get_errno(), "")
-    return int(result)
+    return result
 
 
 # Part of a failed call, its error, the remedy: where the error misleads, or has but one cause
@@ -416,10 +409,9 @@ def at(fd):
 def read_file(path, why):
     """Return the text of a file."""
     fd = call("open", path, "O_RDONLY|O_CLOEXEC", why=why)
-    try:
-        return os.fsdecode(read_all(fd, why))
-    finally:
-        os.close(fd)
+    data = read_all(fd, why)
+    os.close(fd)
+    return os.fsdecode(data)
 
 
 def read_all(fd, why):
@@ -434,10 +426,8 @@ def read_all(fd, why):
 def write_file(path, value, why):
     """Write `value` to an existing file, in a single write(2), as files of the kernel require."""
     fd = call("open", path, "O_WRONLY|O_CLOEXEC", why=why)
-    try:
-        call("write", fd, value.encode(), why=f"{why} ({path})")
-    finally:
-        os.close(fd)
+    call("write", fd, value.encode(), why=f"{why} ({path})")
+    os.close(fd)
 
 
 def poll(interests, deadline):
