@@ -54,6 +54,7 @@ SH = ("sh", "-c")
 IDLE = ("tail", "-n", "1", "-f", "/etc/hosts")  # a line, then deaf to every signal
 USAGE_ERROR = 125
 PYTHON = "/usr/bin/python3"  # inside the host's view
+SETPRIV = shutil.which("setpriv") or "setpriv"
 OWN_PYTHON = os.environ.get("MYDOCKER_PYTHON", sys.executable)  # runs mydocker.py
 
 with warnings.catch_warnings():  # this file is all there is: no ini file registers them
@@ -209,12 +210,14 @@ class Terminal:
         return termios.tcgetattr(self.slave)
 
 
-class Caller:
+class Caller(NamedTuple):
     """An account that uses mydocker.py, a directory of its own, and the first options."""
 
-    def __init__(self, uid, python, directory, rootfs, options=()):
-        self.uid, self.python, self.dir, self.rootfs = uid, python, directory, rootfs
-        self.options = options
+    uid: int
+    python: str
+    dir: Path
+    rootfs: Path
+    options: tuple = ()
 
     def __call__(self, *words, **how):
         """Run `mydocker.py run WORDS` to its end."""
@@ -250,9 +253,12 @@ class Caller:
         return [self.python, str(PROGRAM), *map(str, words)]
 
     def popen(self, command, **how):
+        """Start a program as that account. A preexec_fn, with which fork() has to copy pytest, costs time."""
         pipe = subprocess.PIPE
-        how = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, **how}
-        return subprocess.Popen(command, **{"cwd": self.dir, "preexec_fn": self.become, **how})
+        if "preexec_fn" not in how and os.geteuid() != self.uid:
+            command = [SETPRIV, f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", *command]
+        how = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, "cwd": self.dir, **how}
+        return subprocess.Popen(command, **how)
 
     def become(self):
         """In the child: be that account from here on."""
@@ -276,11 +282,8 @@ class Caller:
 
 def refusal(result, status=USAGE_ERROR):
     """What mydocker said when it would not run the command: one line, and a remedy."""
-    lines = result.err.splitlines()
-    assert result.status == status, result
-    assert result.out == ""
-    assert lines and lines[0].startswith("mydocker: "), result
-    assert lines[1:] == [] or len(lines) == 2 and lines[1].startswith("  hint: "), result
+    assert (result.status, result.out) == (status, ""), result
+    assert re.fullmatch("mydocker: .*\n(  hint: .*\n)?", result.err), result
     return result.err
 
 
@@ -493,8 +496,7 @@ def image(caller, *options):
     """A layer on top of busybox's, and the caller with both."""
     layer = caller.path("image")
     (layer / "etc").mkdir()
-    options = ("--rootfs", caller.rootfs, "--rootfs", layer, *options)
-    return layer, Caller(caller.uid, caller.python, caller.dir, caller.rootfs, options)
+    return layer, caller._replace(options=("--rootfs", caller.rootfs, "--rootfs", layer, *options))
 
 
 def own_cgroup(pid1, controller="memory"):
@@ -549,9 +551,9 @@ def accounts(playground):
         os.chown(str(home), uid, uid)
         caller = Caller(uid, OWN_PYTHON, home, home / "rootfs")
         try:
-            ended(caller.popen([caller.python, "-c", ""]))
+            ended(caller.popen([caller.python, "-c", ""], preexec_fn=caller.become))
         except OSError:  # a Python in root's home
-            caller.python = PYTHON
+            caller = caller._replace(python=PYTHON)
         script = ["sh", str(ROOTFS_SCRIPT), str(caller.rootfs)]
         assert ended(caller.popen(script)).status == 0
         made[name] = caller
@@ -575,7 +577,7 @@ def account(request, accounts, user_namespaces):
     caller = accounts[request.param]
     fresh = Path(tempfile.mkdtemp(dir=str(caller.rootfs.parent)))
     os.chown(str(fresh), caller.uid, caller.uid)
-    return Caller(caller.uid, caller.python, fresh, caller.rootfs)
+    return caller._replace(dir=fresh)
 
 
 @pytest.fixture
@@ -587,8 +589,7 @@ def mydocker(account):
 @pytest.fixture
 def busybox(account):
     """mydocker.py run --rootfs DIR."""
-    options = ("--rootfs", account.rootfs)
-    return Caller(account.uid, account.python, account.dir, account.rootfs, options)
+    return account._replace(options=("--rootfs", account.rootfs))
 
 
 @pytest.fixture(autouse=True)
@@ -652,7 +653,7 @@ def program():
     return module
 
 
-def test_help_names_run_and_help_of_run_every_option(cli):
+def test_help_names_run_and_every_option_and_version_is_one_line(cli):
     for words in "--help", "-ti --help", "-m 100m --help", "--help true":
         status, out, err = cli("run", *words.split())
         assert (status, err, [name for name in OPTIONS if name not in out]) == (0, "", []), words
@@ -660,9 +661,6 @@ def test_help_names_run_and_help_of_run_every_option(cli):
     assert (status, err) == (0, "") and "run" in out and "usage" in out.lower()
     status, out, err = cli()
     assert (status, out) == (USAGE_ERROR, "") and "usage" in err.lower()
-
-
-def test_version_is_one_line(cli):
     status, out, err = cli("--version")
     assert (status, err) == (0, "") and re.fullmatch(r"mydocker(\.py)? \d\S*\n", out)
 
@@ -682,7 +680,8 @@ def test_a_usage_error_is_one_line_and_125(cli):
         ("run --nosuch true", "no option --nosuch"), ("run --mem 5m true", "no option --mem"),
         ("run --interact true", "no option --interact"), ("run -m", "-m"), ("run -tx true", "-"),
         ("run --tty=yes true", "--tty"), ("run -v /nonexistent:/mnt true", "/nonexistent"),
-        ("run -m 20m --memory-swap 10m true", "--memory-swap"),
+        ("run -m 20m --memory-swap 10m true", "--memory-swap"), ("run -v /:/x -v /:/x true", "/x"),
+        ("run -v /:/x -v /:/x/ true", "/x"), ("run -v /:/x --tmpfs //x true", "/x"),
     ]:  # fmt: skip
         assert said in refusal(cli(*line.split(" "))), line
 
@@ -899,6 +898,8 @@ def test_every_mount_is_the_containers_own_and_private_and_as_in_docker(busybox)
     for row in DOCKERS_MOUNTS:
         point, kind, options = row.split()
         assert table[point].type == kind and set(options.split(",")) <= table[point].options, row
+    assert [point for point in table if "/cgroup" in point and "ro" not in table[point].options] == []
+    assert busybox.uid or "/sys/fs/cgroup" in table
 
 
 def test_dev_has_what_programs_expect_and_nothing_of_the_hosts(busybox):
@@ -917,12 +918,6 @@ def test_dev_has_what_programs_expect_and_nothing_of_the_hosts(busybox):
 def test_the_terminals_of_a_container_are_their_owners_and_ttys(busybox):
     with busybox.terminal("-t", "stat", "-c", "%a %G", "/dev/pts/0") as window:
         assert window.end().out.split() == ["620", "root" if busybox.uid else "tty"]
-
-
-@root_only
-def test_sys_fs_cgroup_is_read_only(busybox):
-    result = busybox(*SH, "mkdir /sys/fs/cgroup/x || mkdir /sys/fs/cgroup/*/x")
-    assert result.status == 1 and "Read-only file system" in result.err
 
 
 def test_the_root_is_the_rootfs_and_what_is_written_to_it_is_gone_afterwards(busybox):
@@ -1005,7 +1000,7 @@ def test_a_setuid_program_made_inside_is_none_for_the_users_of_the_host(busybox,
     (program,) = kept.rglob("become-root")
     assert program.stat().st_mode & stat.S_ISUID
     with pytest.raises(PermissionError):
-        accounts["user"].popen([str(program), "id"])
+        accounts["user"].popen([str(program), "id"], preexec_fn=accounts["user"].become)
 
 
 def test_a_layer_that_others_may_enter_or_another_made_is_refused(busybox):
@@ -1413,13 +1408,6 @@ def test_no_flag_of_a_volume_is_lost_to_a_rename(busybox):
         assert sum("ro" in words for words in flags.values()) == 1, result
 
 
-@once
-def test_two_mounts_on_one_place_are_refused(busybox):
-    one, two = busybox.path("one"), busybox.path("two")
-    for second in f"-v {two}:/x", f"-v {two}:/x/", "--tmpfs //x":
-        assert "/x" in refusal(busybox("-v", f"{one}:/x", *second.split(), "true"))
-
-
 def test_a_tmpfs_is_empty_and_careful_and_what_is_asked_for(busybox):
     """Without a mode it has that of the directory, or 1777."""
     places = "/etc /t:size=1m,mode=700 /x:exec /root /new /tmp:mode=750".split()
@@ -1450,27 +1438,12 @@ def test_the_environment_is_the_containers_own_and_env_adds_to_it(busybox):
     assert environment("HOME=")["HOME"] == "/root"
 
 
-ENV_FILE = """# a comment
-  # another
-\t
-PLAIN=a b # c
-QUOTED="x" 'y'
-  LEADS=1
-EMPTY=
-CALLERS
-ABSENT
-TRAILS=x\x20\x20
-EQUALS=a=b
-CR=x\r
-OVER=file
-TWICE=1
-TWICE=2
-"""
-
-
 @once
 def test_env_file_is_read_as_docker_reads_it(busybox):
-    file = busybox.path("file", ENV_FILE)
+    lines = ["# a comment", "  # another", "\t", "PLAIN=a b # c", "QUOTED=\"x\" 'y'", "  LEADS=1", "EMPTY=",
+             "CALLERS", "ABSENT", "TRAILS=x  ", "EQUALS=a=b", "CR=x\r", "OVER=file", "TWICE=1",
+             "TWICE=2", ""]  # fmt: skip
+    file = busybox.path("file", "\n".join(lines))
     busybox.path("other", "OTHER=1")
     words = ("-e", "OVER=option", "--env-file", file, "--env-file=other")
     out = busybox.out(*words, "env", env={**os.environ, "CALLERS": "its own"})
@@ -1506,18 +1479,12 @@ def staff(account):
     "user, seen",
     [
         ("1000", "1000 0 / 0"),  # though the image's user *named* 1000 is root
-        ("ann", "1001 100 /home/ann 10 100"),
-        ("1001", "1001 100 /home/ann 10 100"),
-        ("ann:7", "1001 7 /home/ann 7"),
-        ("ann:wheel", "1001 10 /home/ann 10"),
-        ("4242:4343", "4242 4343 / 4343"),
-        (":wheel", "0 10 /root 10"),
-        ("ann:", "1001 100 /home/ann 10 100"),
-        ("4294967294", "4294967294 0 / 0"),
-        ("root", "0 0 /root 0 10"),
-        ("", "0 0 /root 0 10"),
+        ("ann", "1001 100 /home/ann 10 100"), ("1001", "1001 100 /home/ann 10 100"),
+        ("ann:7", "1001 7 /home/ann 7"), ("ann:wheel", "1001 10 /home/ann 10"),
+        ("ann:", "1001 100 /home/ann 10 100"), (":wheel", "0 10 /root 10"), ("root", "0 0 /root 0 10"),
+        ("", "0 0 /root 0 10"), ("4242:4343", "4242 4343 / 4343"), ("4294967294", "4294967294 0 / 0"),
     ],
-)
+)  # fmt: skip
 def test_a_user_and_the_groups_are_the_containers_and_a_number_is_no_name(staff, user, seen):
     out = staff.out(f"--user={user}", *SH, "cat /proc/self/status; echo $(id -u) $(id -g) $HOME")
     groups = sorted(status_field(out, "Groups").split(), key=int)
@@ -1542,12 +1509,9 @@ def test_a_user_or_group_that_cannot_be_is_refused(staff):
         assert "--user" in refusal(staff("-u", user, "true")), user
     for group in "nosuch", "4294967295":
         assert group in refusal(staff("--group-add", group, "true"))
-
-
-@user_only
-def test_another_user_than_the_caller_is_refused_with_the_reason(busybox):
-    said = refusal(busybox("-u", "1000", "true"))
-    assert "--user 1000" in said and "without root there is but one user" in said and "sudo" in said
+    if staff.uid:
+        said = refusal(staff("-u", "1000", "true"))
+        assert "--user 1000" in said and "without root there is but one user" in said and "sudo" in said
 
 
 def test_the_default_is_the_user_0(staff):
@@ -1585,13 +1549,9 @@ def test_network_host_is_the_hosts_with_copies_of_its_files(busybox):
     assert out == f"{os.readlink('/proc/self/ns/net')}\n{before[0]}{before[2]}mine\nmine\nmine\n"
     assert busybox.out("--network", "none", *SH, append) == "mine\nmine\nmine\n"
     assert [read(path) for path in files] == before
-
-
-def test_a_volume_wins_over_the_names_that_network_host_brings(busybox):
     busybox.path("file", "mine")
-    files = ["/etc/hosts", "/etc/resolv.conf"]
     volumes = [f"--volume=./file:{path}" for path in files]
-    assert busybox.out("--network", "host", *volumes, "cat", *files) == "minemine"
+    assert busybox.out("--network", "host", *volumes, "cat", *files) == "mine" * 3
 
 
 @once
@@ -1744,14 +1704,10 @@ def test_the_pidfile_is_there_while_the_container_lives(busybox):
         assert not container.pidfile.exists()
 
 
-def test_the_pidfile_that_a_killed_run_left_is_replaced(busybox):
+def test_a_pidfile_replaces_what_a_killed_run_left_and_nothing_else(busybox):
+    """It follows no link, nor does it wait for what is in a fifo, or in the kernel's log."""
     stale = busybox.path("pid", f"{os.getpid()}\n")  # who holds the lock lives, not who has the number
-    assert busybox.out("--pidfile", stale, "echo", "fine") == "fine\n"
-    assert not stale.exists()
-
-
-def test_a_pidfile_replaces_nothing_else_and_follows_no_link(busybox):
-    """Nor does it wait for what is in a fifo, or in the kernel's log."""
+    assert busybox.out("--pidfile", stale, "echo", "fine") == "fine\n" and not stale.exists()
     text, more = busybox.path("text", "text of mine\n"), busybox.path("more", "17 and more\n")
     fifo, empty = busybox.dir / "fifo", busybox.path("empty", "")
     os.mkfifo(str(fifo))
