@@ -9,8 +9,8 @@
 
 The program is used as its users use it: by its command line, in a process of its own.
 A test that takes `mydocker` (the host's view) or `busybox` (a --rootfs) runs twice, as
-root and as an ordinary user, unless it says @root_only or @user_only.  After every test
-the fixture `nothing_is_left` looks for mounts, processes, cgroups and temporary files.
+root and as an ordinary user, unless it says @root_only, @user_only or @once.  After every
+test the fixture `nothing_is_left` looks for mounts, processes, cgroups, temporary files.
 """
 
 import contextlib
@@ -342,12 +342,9 @@ def mounts(text):
 
 def children(pid):
     """The living children of a process."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        fields = read(f"/proc/{entry}/stat").rpartition(")")[2].split()
-        if fields and int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(entry))
-    return found
+    processes = filter(str.isdigit, os.listdir("/proc"))
+    stats = {entry: read(f"/proc/{entry}/stat").rpartition(")")[2].split() for entry in processes}
+    return [int(entry) for entry in stats if stats[entry][1:2] == [str(pid)] and stats[entry][0] != "Z"]
 
 
 def processes_in(pid_namespace):
@@ -441,11 +438,9 @@ def tree(directory):
         for name in [".", *directories, *files]:
             path = os.path.join(parent, name)
             entry = os.lstat(path)
-            content = b""
+            content = os.readlink(path) if stat.S_ISLNK(entry.st_mode) else ""
             if stat.S_ISREG(entry.st_mode):
                 content = hashlib.sha256(Path(path).read_bytes()).digest()
-            elif stat.S_ISLNK(entry.st_mode):
-                content = os.fsencode(os.readlink(path))
             about = (entry.st_mode, entry.st_uid, entry.st_gid, entry.st_mtime_ns, content)
             found[os.path.relpath(path, str(directory))] = about
     return found
@@ -1245,7 +1240,7 @@ def test_a_rootfs_of_anothers_works_or_is_told_as_that(account, accounts):
 
 
 def test_volumes_show_what_the_host_has_and_are_written_through(busybox):
-    """Files and directories, relative or with a colon in the name, where nothing is, parents first, ..."""
+    """Files and directories, by relative names or with a colon, on what is not there yet, parents first."""
     odd, file, inner = busybox.path("a:b", "odd "), busybox.path("file", "mine "), busybox.path("inner")
     source, labels, outer = busybox.path("source"), busybox.path("labels"), busybox.path("outer")
     (inner / "deep").write_text("deep "), (source / "there").write_text("and back ")
