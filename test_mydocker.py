@@ -36,6 +36,7 @@ import tempfile
 import termios
 import time
 import warnings
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -86,12 +87,7 @@ def wait_until(predicate, what="it", seconds=PATIENCE):
     raise AssertionError(f"waited {seconds} s for {what}")
 
 
-class Result(NamedTuple):
-    """How a run ended and what it said."""
-
-    status: int
-    out: str
-    err: str
+Result = namedtuple("Result", "status out err")  # how a run ended and what it said
 
 
 def decoded(data):
@@ -319,14 +315,7 @@ def status_field(text, name):
     return re.search(rf"^{name}:\s*(.*)$", text, re.MULTILINE).group(1)
 
 
-class Mount(NamedTuple):
-    """A line of mountinfo; see proc(5)."""
-
-    root: str
-    options: set
-    type: str
-    source: str
-    super_options: set
+Mount = namedtuple("Mount", "root options type source super_options")  # of mountinfo; see proc(5)
 
 
 def mounts(text):
@@ -498,31 +487,19 @@ def own_cgroup(pid1, controller="memory"):
 # ---- Fixtures ------------------------------------------------------------------------
 
 
-CLONE_NEWNS = 0x00020000
-
-
 @pytest.fixture(scope="session")
-def host_mounts():
-    """The mount namespace that the suite was started in, as a descriptor; root leaves it for another.
+def playground():
+    """A directory outside /tmp that every account can reach; orphans come to us.
 
-    For a neighbour's mounts are no business of the tests, nor theirs a neighbour's. Like that of a
-    host with systemd it is shared: whatever mydocker does not keep inside will show.
+    Root leaves the mount namespace for another: a neighbour's mounts are no business of the tests, nor theirs
+    a neighbour's. Like that of a host with systemd it is shared: what does not stay inside will show.
     """
-    fd = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    libc, pr_set_child_subreaper, clone_newns = ctypes.CDLL(None, use_errno=True), 36, 0x00020000
+    libc.prctl(pr_set_child_subreaper, 1, 0, 0, 0)
     if os.geteuid() == 0:
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        assert libc.unshare(clone_newns) == 0, os.strerror(ctypes.get_errno())
         for propagation in "--make-rprivate", "--make-rshared":
             subprocess.run(["mount", propagation, "/"], check=True)
-    yield fd
-    os.close(fd)
-
-
-@pytest.fixture(scope="session")
-def playground(host_mounts):
-    """A directory outside /tmp that every account can reach; orphans come to us."""
-    pr_set_child_subreaper = 36
-    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
     directory = Path(tempfile.mkdtemp(prefix="mydocker-test-", dir="/var/tmp"))
     directory.chmod(0o755)
     yield directory
