@@ -2757,16 +2757,46 @@ def window(busybox):
         yield window
 
 
-def start_cat(window):
-    """Have the shell run a cat that shows a file and then what is typed."""
-    window.type("cat /etc/hosts -\r")
-    window.expect("localhost\r\n")
+def test_a_shell_in_a_terminal_has_its_keys_and_its_jobs(window):
+    def start_cat():
+        window.type("cat /etc/hosts -\r")
+        window.expect("localhost\r\n")
 
-
-def test_the_shell_in_a_terminal_answers_and_ends(window):
-    window.type("echo a''b; exit 7\r")
-    window.expect("ab\r\n")
-    assert window.end().status == 7
+    start_cat()
+    window.type("\x03")  # ctrl-c ends the program and not the shell
+    window.expect("# ")
+    window.type("echo ali''ve $?\r")
+    window.expect("alive 130")
+    window.expect("# ")
+    start_cat()
+    window.type("\x1c")  # ctrl-backslash, too
+    window.expect("Quit")
+    window.expect("# ")
+    start_cat()
+    window.type("\x1a")  # ctrl-z stops it
+    window.expect("Stopped")
+    window.type("jobs; echo ali''ve\r")
+    window.expect("Stopped")
+    window.expect("alive")
+    window.type("fg\r")
+    window.expect("fg\r\ncat /etc/hosts -\r\n")
+    window.type("pong\r")
+    window.expect("pong\r\npong\r\n")
+    window.type("\x04")  # ctrl-d ends the input
+    window.expect("# ")
+    window.type("vi /tmp/file\r")
+    window.expect("~")
+    window.type("ihello\x1b")
+    window.expect("hello")
+    window.type(":wq\r")
+    window.expect("# ")
+    window.type("cat /tmp/file\r")
+    window.expect("file\r\nhello\r\n")
+    window.expect("# ")
+    window.type("false\r")
+    window.expect("# ")
+    window.type("\x04")
+    assert window.end().status == 1
 
 
 @root_only
@@ -2782,7 +2812,8 @@ def test_the_books_first_shell_works(mydocker):
     assert re.search(r"root +1 +0 .* pts/0 .* /bin/sh\r\n", result.out)
 
 
-@pytest.mark.parametrize("flags", [["-ti"], ["-it"], ["-i", "-t"], ["--interactive", "--tty"]])
+@once
+@pytest.mark.parametrize("flags", [["-it"], ["-i", "-t"], ["--interactive", "--tty"]], ids=" ".join)
 def test_the_flags_for_a_terminal_can_be_bundled(busybox, flags):
     with busybox.terminal(*flags, *SH, "tty; read word; echo ${word}b") as window:
         window.expect("/dev/pts/0\r\n")
@@ -2791,41 +2822,26 @@ def test_the_flags_for_a_terminal_can_be_bundled(busybox, flags):
 
 
 def test_the_terminal_is_the_containers_own(busybox):
-    with busybox.terminal("-ti", *SH, "tty; ls /dev/pts; test -t 0 -a -t 1 -a -t 2") as window:
-        result = window.end()
-    assert result == (0, "/dev/pts/0\r\n0     ptmx\r\n", "")
-
-
-def test_term_is_xterm_in_a_terminal_only_whatever_the_callers_is(busybox):
-    script, environment = "echo TERM=$TERM", {**os.environ, "TERM": "dumb"}
-    with busybox.terminal("-ti", *SH, script, env=environment) as window:
-        assert window.end().out == "TERM=xterm\r\n"
-    assert busybox.out(*SH, script, env=environment) == "TERM=\n"
-
-
-def test_the_console_is_the_containers_terminal(busybox):
-    with busybox.terminal("-ti", *SH, "echo hello >/dev/console") as window:
-        assert window.end() == (0, "hello\r\n", "")
-
-
-def test_no_descriptor_of_the_container_is_the_hosts_terminal(busybox):
-    script = "echo ready; read line"
-    with busybox.terminal("-ti", "--pidfile", busybox.dir / "pid", *SH, script) as window:
-        window.expect("ready")
-        pid1 = int(read(busybox.dir / "pid"))
-        ours = os.fstat(window.slave)
-        for number in os.listdir(f"/proc/{pid1}/fd"):
-            theirs = os.stat(f"/proc/{pid1}/fd/{number}")
-            assert (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino)
+    script = """tty; ls /dev/pts; test -t 0 -a -t 1 -a -t 2 && echo all; stty size; echo TERM=$TERM
+        echo console >/dev/console; echo ready; read line"""
+    environment, pidfile = {**os.environ, "TERM": "dumb"}, busybox.dir / "pid"
+    with busybox.terminal("-ti", "--pidfile", pidfile, *SH, script, env=environment) as window:
+        seen = window.expect("ready\r\n")
+        assert seen == "/dev/pts/0\r\n0     ptmx\r\nall\r\n24 80\r\nTERM=xterm\r\nconsole\r\n"
+        ours, place = os.fstat(window.slave), f"/proc/{int(read(pidfile))}/fd"
+        assert [fd for fd in os.listdir(place) if os.path.samestat(os.stat(f"{place}/{fd}"), ours)] == []
         window.type("\r")
-        assert window.end().status == 0
+        assert window.end() == Result(0, "\r\n", "")
+    assert busybox.out(*SH, "echo TERM=$TERM", env=environment) == "TERM=\n"
 
 
-def test_the_terminal_has_the_size_of_the_window(busybox):
-    with busybox.terminal("-ti", *SH, "stty size") as window:
-        assert window.end().out == "24 80\r\n"
+@root_only
+def test_the_terminal_belongs_to_the_user(staff):
+    script = "echo hello >$(tty) && stat -c %u $(tty)"
+    assert staff("-t", "-u", "ann", *SH, script).out == "hello\r\n1001\r\n"
 
 
+@once
 def test_the_terminal_follows_the_window(busybox):
     script = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.05; done"
     with busybox.terminal("-ti", *SH, script) as window:
@@ -2834,6 +2850,7 @@ def test_the_terminal_follows_the_window(busybox):
         assert window.end() == (0, "33 111\r\n", "")
 
 
+@once
 def test_what_is_typed_is_echoed_once(busybox):
     with busybox.terminal("-ti", *SH, "echo ready; exec cat") as window:
         window.expect("ready\r\n")
@@ -2843,62 +2860,10 @@ def test_what_is_typed_is_echoed_once(busybox):
         assert window.end() == (0, "", "")
 
 
-def test_ctrl_c_ends_the_program_and_not_the_shell(window):
-    start_cat(window)
-    window.type("\x03")
-    window.expect("# ")
-    window.type("echo ali''ve $?; exit\r")
-    window.expect("alive 130")
-    assert window.end().status == 0
-
-
-def test_ctrl_z_stops_the_program_and_fg_goes_on(window):
-    start_cat(window)
-    window.type("\x1a")
-    window.expect("Stopped")
-    window.type("jobs; echo ali''ve\r")
-    window.expect("Stopped")
-    window.expect("alive")
-    window.type("fg\r")
-    window.expect("fg\r\ncat /etc/hosts -\r\n")
-    window.type("pong\r")
-    window.expect("pong\r\npong\r\n")
-    window.type("\x04")
-    window.expect("# ")
-    window.type("exit 0\r")
-    assert window.end().status == 0
-
-
-def test_ctrl_d_ends_the_shell(window):
-    window.type("\x04")
-    assert window.end().status == 0
-
-
-def test_ctrl_backslash_goes_to_the_program_too(window):
-    start_cat(window)
-    window.type("\x1c")
-    window.expect("Quit")
-    window.type("exit 0\r")
-    assert window.end().status == 0
-
-
-def test_vi_edits_a_file(window):
-    window.type("vi /tmp/file\r")
-    window.expect("~")
-    window.type("ihello\x1b")
-    window.expect("hello")
-    window.type(":wq\r")
-    window.expect("# ")
-    window.type("cat /tmp/file; exit 0\r")
-    window.expect("exit 0\r\nhello\r\n")
-    assert window.end().status == 0
-
-
+@once
 @pytest.mark.parametrize(
     "words, status",
     [
-        (["true"], 0),
-        (["sh", "-c", "exit 3"], 3),
         (["sh", "-c", "stty raw -echo; exit 3"], 3),
         (["no-such-command"], 127),
         (["-v", "/nonexistent:/x", "true"], 125),
@@ -2911,40 +2876,45 @@ def test_the_terminal_is_as_it_was_after_the_end(busybox, words, status):
         assert window.attributes == window.before
 
 
-@pytest.mark.parametrize("number", "TERM HUP INT ALRM VTALRM PROF XCPU IO PWR".split())
-def test_the_terminal_is_as_it_was_after_a_signal(busybox, number):
-    words = ("-ti", "--stop-timeout", "0", *IDLE)
-    with busybox.terminal(*words) as window:
-        window.expect("localhost")
-        assert is_raw(window)
-        window.process.send_signal(getattr(signal, f"SIG{number}"))
-        assert window.end().status == 137
-        assert window.attributes == window.before
+SIGNALS_TRIED = "TERM HUP INT ALRM PWR".split()  # the others in a test that is slow
 
 
-def test_the_terminal_is_as_it_was_after_the_container_was_killed(busybox):
+@once
+@pytest.mark.parametrize("name", [*SIGNALS_TRIED, "KILL"])
+def test_the_terminal_is_as_it_was_after_a_signal(busybox, name):
     pidfile = busybox.dir / "pid"
-    words = ("-ti", "--pidfile", pidfile, *IDLE)
-    with busybox.terminal(*words) as window:
+    with busybox.terminal("-ti", "--stop-timeout", "0", "--pidfile", pidfile, *IDLE) as window:
         window.expect("localhost")
         assert is_raw(window)
-        os.kill(int(read(pidfile)), signal.SIGKILL)
+        to = int(read(pidfile)) if name == "KILL" else window.process.pid  # the container, or run()
+        os.kill(to, signal.Signals[f"SIG{name}"])
         assert window.end().status == 137
-        assert window.attributes == window.before
+        assert window.attributes == window.before and not pidfile.exists()
 
 
+@once
 def test_a_window_that_is_closed_ends_the_container(busybox):
-    words = ("-ti", "--stop-timeout", "0", *IDLE)
-    with busybox.terminal(*words) as window:
+    with busybox.terminal("-ti", "--stop-timeout", "0", *IDLE) as window:
         window.expect("localhost")
         os.close(window.master)
         window.master = None
         wait_until(lambda: window.process.poll() is not None, "run to end")
 
 
-def test_without_t_the_callers_terminal_stays_outside(busybox):
-    """Whoever holds it can read what is typed next, and change its mode."""
-    script = "echo ready; echo $0 >&2; read a; echo got $a; readlink /proc/self/fd/0 /proc/self/fd/1; ! tty"
+@pytest.mark.parametrize("options", [(), ("-i",)], ids=" ".join)
+def test_the_callers_terminal_never_goes_in(busybox, options):
+    """Without -t, too: who holds it can read what is typed next, and change its mode."""
+    script = "for n in 0 1 2; do test ! -t $n || echo tty; done; cd /dev; chmod 666 stdout stderr; echo done"
+    with busybox.terminal(*options, *SH, script) as window:
+        mode = os.fstat(window.slave).st_mode
+        assert window.end() == Result(0, "done\r\n", "")
+        assert os.fstat(window.slave).st_mode == mode and window.attributes == window.before
+
+
+@once
+def test_without_t_the_callers_terminal_is_relayed_and_has_no_name_inside(busybox):
+    script = """echo ready; echo $0 >&2; read a; echo got $a; readlink /proc/self/fd/0 /proc/self/fd/1
+        ! tty && echo typed >/dev/tty"""
     with busybox.terminal("-i", *SH, script, "stderr") as window:
         window.expect("ready")
         window.expect("stderr")
@@ -2952,9 +2922,20 @@ def test_without_t_the_callers_terminal_stays_outside(busybox):
         window.type("typed\r")
         window.expect("got typed")
         end = window.end()
-        assert end.status == 0 and "/dev/" not in end.out.replace("/dev/null", "")
+        assert end.status == 1 and "/dev/tty: No such device or address" in end.out
+        assert "/dev/" not in end.out.replace("/dev/tty:", "")
 
 
+@once
+def test_ctrl_c_reaches_the_command_without_a_terminal_of_its_own(busybox):
+    script = "trap 'exit 5' INT; echo ready; while :; do sleep 0.05; done"
+    with busybox.terminal(*SH, script) as window:
+        window.expect("ready")
+        window.type("\x03")
+        assert window.end().status == 5
+
+
+@once
 def test_t_without_i_leaves_the_callers_keyboard_alone(busybox):
     script = "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done"
     with busybox.terminal("-t", *SH, script) as window:
@@ -2964,47 +2945,61 @@ def test_t_without_i_leaves_the_callers_keyboard_alone(busybox):
         assert window.end().status == 3
 
 
-@pytest.mark.parametrize("flag", ["-t", "-ti"])
-def test_a_terminal_without_a_terminal_is_noticed_and_made(busybox, flag):
-    result = busybox(flag, *SH, "tty; echo done")
-    assert (result.status, result.out) == (0, "/dev/pts/0\r\ndone\r\n")
-    assert re.fullmatch("mydocker: .*terminal.*\n", result.err)
-
-
-def test_input_reaches_a_terminal_that_was_made_for_a_pipe(busybox):
+@once
+def test_a_terminal_without_a_terminal_is_noticed_and_made(busybox):
+    for flag in "-t", "-ti":
+        result = busybox(flag, *SH, "tty; echo done")
+        assert (result.status, result.out) == (0, "/dev/pts/0\r\ndone\r\n")
+        assert re.fullmatch("mydocker: .*terminal.*\n", result.err)
     result = busybox("-ti", *SH, "cat >/tmp/file; cat /tmp/file", data=b"one\ntwo\n")
     assert (result.status, result.out) == (0, "one\r\ntwo\r\n" * 2)  # the echo of it, and the file
 
 
+@once
+@pytest.mark.parametrize(
+    "words, data",
+    [(["bash", "--norc"], b"echo $((40 + 2))\n"), ([PYTHON, "-i"], b"print(40 + 2)\n"),
+     (["busybox", "sh"], b"read x; echo $((x + 2))\n40\n")],
+    ids=["bash", "python3", "busybox"],
+)  # fmt: skip
+def test_a_line_editor_reads_what_comes_before_the_end(busybox, mydocker, words, data):
+    """It goes raw, and ^D then is no end but a key: it has to come when the program asks for it."""
+    need(words[0] == "busybox" or shutil.which(words[0]), words[0])
+    caller = busybox if words[0] == "busybox" else mydocker
+    for _ in range(4):
+        result = caller("-ti", *words, data=data, cwd="/")
+        assert result.status == 0 and "42\r\n" in result.out, result
+
+
+@once
 def test_nothing_of_the_output_of_a_terminal_is_lost_or_mixed(busybox):
     out = busybox("-t", "seq", "100000").out
     assert out == "".join(f"{number}\r\n" for number in range(1, 100001))
-
-
-def test_the_last_words_before_the_end_are_not_lost(busybox):
-    script = "seq 1000; echo last; exit 9"
-    results = [busybox("-t", *SH, script) for _ in range(10)]
+    results = [busybox("-t", *SH, "seq 1000; echo last; exit 9") for _ in range(5)]
     assert {(result.status, result.out[-6:]) for result in results} == {(9, "last\r\n")}
 
 
-def last_output_that_nobody_reads(container):
-    """Wait until the command has ended and what it wrote stands in the pipe, 64 KiB, and in run()."""
-    pid1 = container.pid1
-    wait_until(lambda: not os.path.exists(f"/proc/{pid1}"), "run to see the end of the command")
-    assert container.process.poll() is None
+@contextlib.contextmanager
+def last_output_that_nobody_reads(caller):
+    """A container that has ended, and what it wrote stands in the pipe, 64 KiB, and in run()."""
+    with caller.start("-t", *SH, "head -c 67000 /dev/zero; exit 5") as container:
+        pid1 = container.pid1
+        wait_until(lambda: not os.path.exists(f"/proc/{pid1}"), "run to see the end of the command")
+        assert container.process.poll() is None
+        yield container
 
 
+@once
 def test_a_run_whose_last_output_nobody_reads_ends_on_request_with_the_commands_status(busybox):
-    with busybox.start("-t", *SH, "head -c 67000 /dev/zero; exit 5") as container:
-        last_output_that_nobody_reads(container)
+    with last_output_that_nobody_reads(busybox) as container:
         container.send(signal.SIGTERM)
         assert container.process.wait(PATIENCE) == 5
 
 
+@once
 def test_a_late_sigchld_takes_nothing_of_the_last_output(busybox):
     """It is sent for more than the end: when PID 1 is stopped, and for a child of the caller's."""
-    with busybox.start("-t", *SH, "head -c 67000 /dev/zero; exit 5") as container:
-        last_output_that_nobody_reads(container)
+    with last_output_that_nobody_reads(busybox) as container:
         container.send(signal.SIGCHLD)
         run = container.process.pid
         wait_until(lambda: not signal_pending(run, signal.SIGCHLD), "the signal to be taken")
@@ -3012,43 +3007,27 @@ def test_a_late_sigchld_takes_nothing_of_the_last_output(busybox):
     assert (result.status, len(result.out)) == (5, 67000)
 
 
+@once
 def test_a_reader_that_reads_nothing_cannot_keep_a_run_from_its_end(busybox):
     reader, writer = os.pipe()
-    words = ("-t", "--stop-timeout", "0", "seq", "100000")
-    with busybox.start(*words, stdout=writer) as container:
+    with busybox.start("-t", "--stop-timeout", "0", "seq", "100000", stdout=writer) as container:
         wait_until(lambda: not select.select([], [writer], [], 0)[1], "the pipe to be full")
         container.send(signal.SIGTERM)
         assert container.process.wait(PATIENCE) == 137
     os.close(reader), os.close(writer)
 
 
+@once
 @pytest.mark.parametrize("action", [termios.TCOOFF, termios.TCOON], ids=["stopped", "unread"])
 def test_a_terminal_that_takes_nothing_cannot_keep_a_run_from_its_end(busybox, action):
     """After Ctrl-S, or in a window that hangs."""
-    words = ("-t", "--stop-timeout", "0", "yes")
-    with busybox.terminal(*words) as window:
+    with busybox.terminal("-t", "--stop-timeout", "0", "yes") as window:
         window.expect("y")
         termios.tcflow(window.slave, action)
         wait_until(lambda: not select.select([], [window.slave], [], 0)[1], "it to be full")
         window.process.send_signal(signal.SIGTERM)
         assert window.process.wait(PATIENCE) == 137
         termios.tcflow(window.slave, termios.TCOON)
-
-
-def test_the_terminal_belongs_to_the_user(staff):
-    if staff.uid:
-        pytest.skip("an ordinary user maps one account only")
-    script = "echo hello >$(tty) && stat -c %u $(tty)"
-    assert staff("-t", "-u", "ann", *SH, script).out == "hello\r\n1001\r\n"
-
-
-@pytest.mark.parametrize("options", [(), ("-i",)], ids=" ".join)
-def test_the_callers_terminal_never_goes_in(busybox, options):
-    script = "for n in 0 1 2; do test ! -t $n || echo tty; done; cd /dev; chmod 666 stdout stderr; echo done"
-    with busybox.terminal(*options, *SH, script) as window:
-        mode = os.fstat(window.slave).st_mode
-        assert window.end() == Result(0, "done\r\n", "")
-        assert os.fstat(window.slave).st_mode == mode and window.attributes == window.before
 
 
 @pytest.fixture
@@ -3063,56 +3042,54 @@ def desk(busybox):
         assert window.end().status == 0
 
 
-def lines_for_the_shell(desk):
+def lines_for_the_shell_and_then_for_the_container(desk, text):
     for number in range(5):
         desk.type(f"echo mine$(({number} + 10))\r")
         desk.expect(f"mine{number + 10}\r\n")
         desk.expect("PROMPT> ")
-
-
-READER = (*SH, "echo u''p; while read x; do echo GOT:$x; done")
-
-
-def test_a_container_in_the_background_takes_no_line_typed_for_the_shell(busybox, desk):
-    pidfile = busybox.dir / "pid"
-    options = (*busybox.options, "-i", "--stop-timeout", "0", "--pidfile", pidfile)
-    command = busybox.words("run", *options, *READER)
-    desk.type(shlex.join(command) + " &\r")
-    pid1 = wait_until(lambda: read(pidfile).strip(), "the pidfile")
-    wait_until(lambda: read(f"/proc/{pid1}/cmdline").startswith("sh\0"), "the command to start")
-    lines_for_the_shell(desk)
     desk.type("fg\r")
-    desk.type("yours\r")
-    desk.expect("GOT:yours\r\n")
+    desk.type(f"{text}\r")
+    desk.expect(f"GOT:{text}\r\n")
     desk.type("\x04")
     desk.expect("PROMPT> ")
 
 
+READER = ("-i", "--stop-timeout", "0", *SH, "echo u''p; while read x; do echo GOT:$x; done")
+
+
+@once
+def test_a_container_in_the_background_takes_no_line_typed_for_the_shell(busybox, desk):
+    pidfile = busybox.dir / "pid"
+    words = busybox.words("run", *busybox.options, "--pidfile", pidfile, *READER)
+    desk.type(shlex.join(words) + " &\r")
+    pid1 = wait_until(lambda: read(pidfile).strip(), "the pidfile")
+    wait_until(lambda: read(f"/proc/{pid1}/cmdline").startswith("sh\0"), "the command to start")
+    lines_for_the_shell_and_then_for_the_container(desk, "yours")
+
+
+@once
 def test_ctrl_z_stops_the_reading_and_fg_goes_on(busybox, desk):
-    desk.type(shlex.join(busybox.words("run", *busybox.options, "-i", "--stop-timeout", "0", *READER)) + "\r")
+    desk.type(shlex.join(busybox.words("run", *busybox.options, *READER)) + "\r")
     desk.expect("up\r\n")
     desk.type("yours\r")
     desk.expect("GOT:yours\r\n")
     desk.type("\x1a")
     desk.expect("Stopped")
     desk.expect("PROMPT> ")
-    lines_for_the_shell(desk)
-    desk.type("fg\r")
-    desk.type("again\r")
-    desk.expect("GOT:again\r\n")
-    desk.type("\x04")
-    desk.expect("PROMPT> ")
+    lines_for_the_shell_and_then_for_the_container(desk, "again")
 
 
+@once
 def test_timeout_ends_a_container_with_a_terminal(busybox):
     """It is started in the background then, where a terminal stops who changes it."""
-    words = shlex.join(busybox.words("run", *busybox.options, "-ti", "--stop-timeout", "1", *IDLE))
+    words = shlex.join(busybox.words("run", *busybox.options, "-ti", "--stop-timeout", "0.2", *IDLE))
     script = busybox.path("script", f"timeout 2 {words}; echo status=$?\n")
     with Terminal(["bash", str(script)], busybox.become, busybox.uid, cwd=busybox.dir) as window:
         window.expect("status=124")
         assert window.end().status == 0 and window.attributes == window.before
 
 
+@once
 def test_own_lines_begin_at_the_left_while_the_terminal_is_raw(busybox):
     with busybox.terminal("-ti", "--explain", "--stop-timeout", "0", *IDLE) as window:
         before = window.expect("localhost")
@@ -3122,6 +3099,7 @@ def test_own_lines_begin_at_the_left_while_the_terminal_is_raw(busybox):
     assert "killed\r" in out and [line for line in lines if not line.endswith("\r")] == []
 
 
+@once
 def test_ctrl_c_ends_a_program_although_the_caller_ignores_it(busybox):
     pidfile = busybox.dir / "pid"
     words = shlex.join(busybox.words("run", *busybox.options, "-ti", "--pidfile", pidfile, "sh"))
@@ -3134,25 +3112,6 @@ def test_ctrl_c_ends_a_program_although_the_caller_ignores_it(busybox):
         window.expect("# ")
         window.type("exit 4\r")
         assert window.end().status == 4
-
-
-def test_the_end_of_a_pipe_ends_a_shell_in_a_terminal(busybox):
-    result = busybox("-ti", "sh", data=b"echo $((40 + 2))\n")
-    assert result.status == 0 and "42\r\n" in result.out, result
-
-
-@pytest.mark.parametrize(
-    "words, data",
-    [(["bash", "--norc"], b"echo $((40 + 2))\n"), ([PYTHON, "-i"], b"print(40 + 2)\n"),
-     (["sh"], b"read x; echo $((x + 2))\n40\n")],
-    ids=["bash", "python3", "read"],
-)  # fmt: skip
-def test_a_line_editor_reads_what_comes_before_the_end(mydocker, words, data):
-    """It goes raw, and ^D then is no end but a key: it has to come when the program asks for it."""
-    need(shutil.which(words[0]), words[0])
-    for _ in range(5):
-        result = mydocker("-ti", *words, data=data, cwd="/")
-        assert result.status == 0 and "42\r\n" in result.out, result
 
 
 # ---- Pipes, argv and statuses --------------------------------------------------------
