@@ -1695,8 +1695,11 @@ def drop_privileges(options, uid, gid, groups):
     kept = {*names, *options.cap_add}.difference(options.cap_drop)
     if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
         write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
-    if exists("/proc/keys"):  # a kernel built without keys has none to leak
+    try:
         call("keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="a keyring of its own, not that of root")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
+            raise
     for name, limit in options.ulimit:
         call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
     if options.process_limit:  # refused where the caller's own is lower already
@@ -1819,8 +1822,9 @@ def restore_signals(caller_mask):
 
     A handler of Python's would take a pending SIGINT. HUP stays as the caller has it, who may be nohup.
     """
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGHUP}:
-        signal.signal(number, signal.SIG_DFL)
+    for number in signal.valid_signals() - {signal.SIGHUP}:
+        if signal.getsignal(number) != signal.SIG_DFL:  # to set that again would discard a pending SIGCONT
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
 
 
