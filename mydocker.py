@@ -112,10 +112,10 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
     call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="die with the parent, whatever kills it")
     os.umask(0)  # what is made below says its mode itself
     call("setsid", why="a session of its own: /dev/tty is not the caller's terminal, Ctrl-C not for us")
-    flags = "CLONE_NEWNS|CLONE_NEWUTS|CLONE_NEWIPC"
+    flags, what = "CLONE_NEWNS|CLONE_NEWUTS|CLONE_NEWIPC", "mounts, host name, System V IPC"
     if options.network == "none":
-        flags += "|CLONE_NEWNET"
-    call("unshare", flags, why="mounts, host name, System V IPC, network: its own from here on")
+        flags, what = flags + "|CLONE_NEWNET", what + ", network"
+    call("unshare", flags, why=f"{what}: its own from here on")
     # systemd has made "/" shared: without this every mount below would show up on the host, and stay
     call("mount", None, "/", None, "MS_REC|MS_PRIVATE", None, why="no mount made here may reach the host")
     rootfs = Rootfs(options, cgroups)

@@ -652,7 +652,7 @@ NONSENSE = {  # the values, with | between them
     "-cpushare": "many", "--cpus": "0.001|99999|nan|half", "-cpuset": "0-|1-0|zero|0-999999999",
     "--pids-limit": "few|-2|4194305", "--oom-score-adj": "1001|-1001", "--rootfs": "/nonexistent|/etc/passwd",
     "-v": "/etc|/etc:relative|/etc:/mnt:rx|:/mnt", "--tmpfs": "relative", "-w": "relative", "-e": "=value",
-    "--hostname": "a/b||a\nb|a b|ä|a_b\t|" + "h" * 65, "--name": "-x|a/b|" + "n" * 201,
+    "--hostname": "a/b|a\nb|a b|ä|a_b\t|" + "h" * 65, "--name": "-x|a/b|" + "n" * 201,
     "--network": "bridge", "--cap-add": "NOSUCH", "--cap-drop": "CAP_NOSUCH", "--stop-timeout": "soon|-1",
     "--log-format": "xml", "--cgroup-parent": "../x|/a/../..|/", "--device": "/dev/nosuch|/etc/passwd:/dev/x",
     "--ulimit": "nofile|nofile=x|nofile=1:2:3|nofile=200:100|nosuch=1|nofile=9999999999",
