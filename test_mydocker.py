@@ -1628,7 +1628,6 @@ def test_a_pidfile_is_removed_where_it_was_made(busybox):
 # ---- Limits --------------------------------------------------------------------------
 
 LAST_CPU = str(max(os.sched_getaffinity(0)))
-once = user_only  # for what does not depend on who runs it: every machine has an ordinary user
 
 #    options; what the files then have on v1; and on v2: written down here for a second time, so that a
 #    mistake in the program's own table shows
