@@ -980,7 +980,7 @@ class Cgroup:
             try:
                 # some could be handed down, but that would make the cgroup "threaded" for those processes.
                 # The root of a cgroup namespace may have some, too; the true root, which may, has no type
-                if os.path.exists(f"{level}/cgroup.type") and read_file(f"{level}/cgroup.procs", "who is here"):
+                if os.path.exists(f"{level}/cgroup.type") and read_file(f"{level}/cgroup.procs", "who is in"):
                     raise OSError(errno.EBUSY, f"{level} has processes, so it can hand nothing down")
                 write_file(f"{level}/cgroup.subtree_control", f"+{name}", "hand the controller down")
             except FileNotFoundError:  # it has not come down to here
