@@ -256,7 +256,7 @@ NAMES = {**vars(os), **vars(fcntl), **vars(termios), **vars(signal)}
 for row in """
 0=0 CLONE_NEWNS=0x20000 CLONE_NEWCGROUP=0x2000000 CLONE_NEWUTS=0x4000000 CLONE_NEWIPC=0x8000000
 CLONE_NEWUSER=0x10000000 CLONE_NEWPID=0x20000000 CLONE_NEWNET=0x40000000
-MS_RDONLY=0x1 MS_NOSUID=0x2 MS_NODEV=0x4 MS_NOEXEC=0x8 MS_REMOUNT=0x20 MS_BIND=0x1000 MS_REC=0x4000
+MS_RDONLY=0x1 MS_NOSUID=0x2 MS_NODEV=0x4 MS_NOEXEC=0x8 MS_REC=0x4000
 MS_PRIVATE=0x40000 MS_STRICTATIME=0x1000000 MNT_DETACH=0x2 OPEN_TREE_CLONE=0x1 OPEN_TREE_CLOEXEC=0o2000000
 MOUNT_ATTR_RDONLY=0x1 MOUNT_ATTR_NOSUID=0x2 MOUNT_ATTR_NODEV=0x4 MOUNT_ATTR_NOEXEC=0x8
 MOVE_MOUNT_F_EMPTY_PATH=0x4 MOVE_MOUNT_T_EMPTY_PATH=0x40
@@ -271,7 +271,8 @@ TIOCSPTLCK=0x40045431 TIOCGPTPEER=0x5441
     NAMES[_name] = int(_value, 0)
 
 # Arguments as in section 2 of the manual: s a string or struct, i int, o int shown in octal, L unsigned
-# long; its number on x86_64 and on the others, for syscall(2). Python makes it if it has it.
+# long. Python's function of that name makes the call, else libc's. Not every libc has those with numbers, on
+# x86_64 and on the others: syscall(2) makes them.
 _PROTOTYPES = {name: rest for name, *rest in (row.split(":") for row in """
     capset:ss chmod:so close_range:iii:436:436 flock:ii ftruncate:ii ioctl:iis keyctl:is:250:219 kill:ii
     makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL:442:442 move_mount:isisi:429:429 open:sio
@@ -315,6 +316,7 @@ def call(name, *args, why):
            for arg, letter in zip(args, letters)]
 
     def tell(result):
+        """Tell the call and its result, if --explain is on; return how it is shown."""
         shown = f"{name}({', '.join(map(show, args, letters))})"
         if log.explain:
             log.line("info", f"[{os.getpid():>7} {log.side:4}] {shown} = {result}   # {why}")
@@ -325,7 +327,7 @@ def call(name, *args, why):
     try:
         if name in NAMES:
             result = NAMES[name](*raw)
-        elif numbers:  # not every libc has the call
+        elif numbers:
             result = call_libc("syscall", "L" + letters, [int(numbers[COLUMN]), *raw])
         else:
             result = call_libc(name, letters, raw)
@@ -647,16 +649,17 @@ def parse_device(text):
 
 
 def parse_env(text):
-    """Return K=V or K; the name is not empty, and has no blank."""
-    name = text.partition("=")[0]
-    check(name.split() == [name] and "\0" not in text)
+    """Return K=V or K; no variable has an empty name, or a NUL."""
+    check(text[:1] != "=" and "\0" not in text)
     return text
 
 
 def parse_env_file(text):
     """Return the variables in a file, K=V or K, as docker reads it: nothing is quoted, # is a comment."""
     lines = read_file(text, f"--env-file {text}").replace("\r\n", "\n").split("\n")
-    return [parse_env(word) for word in map(str.lstrip, lines) if word and word[0] != "#"]
+    words = [parse_env(word) for word in map(str.lstrip, lines) if word and word[0] != "#"]
+    check(all(name.split() == [name] for name in (word.partition("=")[0] for word in words)))
+    return words
 
 
 def parse_host(text):
@@ -700,14 +703,15 @@ def parse_switch(text):
     return "0 f false 1 t true".split().index(text.lower()) > 2
 
 
-PARSERS: "dict" = {"": parse_switch, "SIZE": parse_size, "CAP": parse_capability, "CGROUP": parse_cgroup,
-           "SWAP": lambda text: -1 if text == "-1" else parse_size(text),
-           "CPUS": lambda text: parse_number(text, 0.01, os.cpu_count()),
-           "SECONDS": lambda text: parse_number(text, 0.0, math.inf), "PATH": parse_inside,
-           "LIST": lambda text: parse_list(text) and text, "NAME=SOFT[:HARD]": parse_ulimit,
-           "SRC:DST[:ro]": parse_volume, "DST[:OPTIONS]": parse_tmpfs, "SRC[:DST]": parse_device,
-           "K[=V]": parse_env, "ENV_FILE": parse_env_file, "NAME": parse_name, "NAME:IP": parse_host,
-           "HOST": lambda text: parse_name(text, 64), "WORD": parse_security}
+PARSERS: "dict" = {
+    "": parse_switch, "SIZE": parse_size, "SWAP": lambda text: -1 if text == "-1" else parse_size(text),
+    "CPUS": lambda text: parse_number(text, 0.01, os.cpu_count()), "PATH": parse_inside,
+    "SECONDS": lambda text: parse_number(text, 0.0, math.inf), "NAME=SOFT[:HARD]": parse_ulimit,
+    "LIST": lambda text: parse_list(text) and text, "SRC:DST[:ro]": parse_volume, "SRC[:DST]": parse_device,
+    "DST[:OPTIONS]": parse_tmpfs, "K[=V]": parse_env, "ENV_FILE": parse_env_file, "NAME": parse_name,
+    "HOST": lambda text: parse_name(text, 64), "NAME:IP": parse_host, "CAP": parse_capability,
+    "CGROUP": parse_cgroup, "WORD": parse_security,
+}
 
 
 def parse(words, options):
@@ -761,7 +765,7 @@ def prepare(options):
     if os.readlink("/proc/self") != str(os.getpid()):  # we would take strangers for our processes
         raise Failure("/proc is that of another pid namespace", "mount -t proc proc /proc")
     memory = options.memory or 0
-    swap = options.memory_swap = options.memory_swap or 2 * memory or None
+    swap = options.memory_swap = options.memory_swap or min(2 * memory, (1 << 63) - 1) or None
     if swap and (memory < os.sysconf("SC_PAGE_SIZE") or -1 < swap < memory):
         raise Failure("--memory: a page at least; --memory-swap, both together: no less, and not without it")
     for kind, wanted in ("cpu", options.cpuset_cpus), ("node", options.cpuset_mems):
@@ -1248,13 +1252,14 @@ class Rootfs:
 
     def show_filesystem(self, path, number, host):
         """Show a filesystem of the host like its root, or read-only, or, where neither can be, not at all."""
-        why = f"the host's {path}"
+        why, seen = f"the host's {path}", False
         try:
             lower = open_inside(path, why, "", host)
             # it may be covered by another mount, even by the host's proc; a socket would be one of the host's
             is_file = stat.S_ISREG(os.fstat(lower).st_mode)
             if mount_id(at(lower)) != number or not (is_file or is_directory(lower)):
                 return
+            seen = True
             target = open_inside(path, why, "", self.top)
             try:
                 self.mount_overlay([lower], path, at(target))
@@ -1266,7 +1271,7 @@ class Rootfs:
         except OSError as error:
             if error.errno not in UNSHOWABLE:
                 raise
-            if error.errno not in COVERED:  # nobody on the host sees it, either
+            if seen or error.errno not in COVERED:  # what is covered nobody on the host sees, either
                 log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
 
     def mount_overlay(self, lowers, path, target):
@@ -1851,12 +1856,12 @@ def refuse_own_python(paths):
 
 
 def is_own_python(path):
-    """Tell whether `path` is the program of this process, by the mount that it is in.
+    """Tell whether `path` is the program of this process: the same file, by the same mount.
 
-    Every mount of the container, copies of the host's, too, has a number of its own: no other file of it is
-    in that one. By another mount, as with the host's /usr in a volume, Python is a file like others.
+    By another mount, as with the host's /usr in a volume, it is like any other file that is there.
     """
-    return mount_id(path) == mount_id("/proc/self/exe")
+    own = "/proc/self/exe"
+    return os.path.samefile(path, own) and mount_id(path) == mount_id(own)
 
 
 def follow_interpreters(path):

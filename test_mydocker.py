@@ -1047,6 +1047,30 @@ else:
 os.execvp(sys.argv[3], sys.argv[3:])"""
 
 
+@root_only
+def test_a_filesystem_whose_file_was_deleted_is_left_out_and_told_a_covered_one_is_silent(mydocker):
+    gone, place = mydocker.path("gone", "secret"), mydocker.path("place", "")
+    with mounted(place, bind=gone):
+        gone.unlink()
+        result = mydocker("echo", "fine")
+    line = f"mydocker: the host's {place} cannot be shown inside: No such file or directory\n"
+    assert result == Result(0, "fine\n", line)
+    outer = mydocker.path("outer")
+    (outer / "inner").mkdir()
+    with mounted(outer / "inner"), mounted(outer):
+        assert mydocker("echo", "fine") == Result(0, "fine\n", "")
+
+
+@root_only
+def test_a_filesystem_whose_place_was_deleted_in_the_layer_is_told(mydocker):
+    place, layer = mydocker.path("place"), mydocker.path("layer")
+    layer.chmod(0o700)
+    assert mydocker("--upperdir", layer, "rmdir", place).status == 0
+    with mounted(place):
+        said = mydocker("--upperdir", layer, "true")
+    assert said.status == 0 and said.err.startswith(f"mydocker: the host's {place} cannot be shown"), said
+
+
 def beside_fuse(caller, directory, user, *words):
     """Run mydocker.py where a user's filesystem is mounted that nobody else may enter; root's is dead."""
     need(os.path.exists("/dev/fuse"), "FUSE")
