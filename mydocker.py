@@ -1777,7 +1777,10 @@ def join_cgroups(options, cgroups, places):
 def attach_stdio(options, stdio):
     """Give the command 0 to 2: a terminal of its own, pipes to run(), or the caller's files."""
     if options.tty:
-        fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why="run() holds its other end")
+        try:
+            fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why="run() holds its other end")
+        except FileNotFoundError:  # the master is closed: run() has died, and this process is about to
+            raise SystemExit(EXIT_MYDOCKER) from None
         call("ioctl", fd, "TIOCSCTTY", 0, why="the controlling terminal: Ctrl-C, job control")
         why = "its terminal by another name"
         attach(clone_tree("/dev/pts/0", why), open_inside("/dev/console", why, "file"), why)
