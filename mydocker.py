@@ -132,20 +132,17 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
     attach_stdio(options, stdio)  # before the volumes: null device and terminal are ours, whatever they cover
     rootfs.furnish()
     uid, gid, groups, home = find_user(options)
-    give_stdio(uid)
     enter_workdir(options)
     rootfs.freeze()
     env = environment(options, home)
-    paths = find_command(argv[0], env.get("PATH", DEFAULT_PATH))
-    refuse_own_python(paths)
+    places = find_command(argv[0], env.get("PATH", DEFAULT_PATH))
     join_cgroups(options, cgroups, rootfs.cgroup_places)
-    close_all_but(ready_write, log.fd)
+    leave_behind(uid, ready_write, log.fd)
     drop_privileges(options, uid, gid, groups)
     if poll({ready_write: select.POLLERR}, 0):
         raise SystemExit(EXIT_MYDOCKER)  # no reader: run() died before PR_SET_PDEATHSIG was set again
     os.umask(0o022)
-    restore_signals(caller_mask)
-    execute(options, argv, paths, env)
+    execute(options, argv, places, env, caller_mask)
 
 
 def main(words):
@@ -1541,9 +1538,12 @@ DEFAULT_CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID 
     NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE""".split()
 CAPABILITY_NAMES = CAPABILITIES + ["NEWER"] * 23  # one for each of 64 bits
 
-# Refused calls, name:x86_64:generic ("-": there is none; aarch64, riscv64 and loongarch64 share one table).
-# The key names the capabilities with any of which Docker allows them; "" is none. It is Docker's default
-# profile turned around: what that does not allow.
+# Docker's default profile turned around: what that refuses, name:x86_64:generic ("-": there is none; aarch64,
+# riscv64 and loongarch64 share one table). With any of the capabilities in the key it allows them. Some are
+# judged by the low 32 bits of an argument, as by the kernel: after the numbers its offset in struct
+# seccomp_data, "=" a value or "&" any of these bits. clone: all CLONE_NEW*, as in a user namespace of its own
+# root has powers again; socket: AF_ALG, AF_VSOCK, which no namespace divides; personality: all but the
+# question which it is, PER_LINUX, PER_LINUX32, UNAME26; ioctl: TIOCSTI, TIOCLINUX, which type into a terminal
 REFUSED_CALLS = {
     "SYS_ADMIN BPF": "bpf:321:280",
     "SYS_ADMIN PERFMON": "perf_event_open:298:241",
@@ -1552,7 +1552,7 @@ REFUSED_CALLS = {
         lookup_dcookie:212:18 unshare:272:97 fanotify_init:300:262 setns:308:268 open_tree:428:428
         move_mount:429:429 fsopen:430:430 fsconfig:431:431 fsmount:432:432 fspick:433:433 clone3:435:435
         mount_setattr:442:442 quotactl_fd:443:443 lsm_get_self_attr:459:459 lsm_set_self_attr:460:460
-        lsm_list_modules:461:461""",
+        lsm_list_modules:461:461 clone:56:220:16:&:0x7E020000""",
     "SYS_BOOT": "reboot:169:142",
     "SYS_MODULE": "init_module:175:105 delete_module:176:106 finit_module:313:273",
     "SYS_NICE": "mbind:237:235 set_mempolicy:238:237 get_mempolicy:239:236 set_mempolicy_home_node:450:450",
@@ -1565,77 +1565,44 @@ REFUSED_CALLS = {
     "": """uselib:134:- ustat:136:- sysfs:139:- pivot_root:155:41 _sysctl:156:- swapon:167:224 swapoff:168:225
         kexec_load:246:104 add_key:248:217 request_key:249:218 keyctl:250:219 migrate_pages:256:238
         move_pages:279:239 kexec_file_load:320:294 userfaultfd:323:282 io_uring_setup:425:425
-        io_uring_enter:426:426 io_uring_register:427:427""",
-}
-# ENOSYS, for which libc has another way, is the answer to numbers that nobody has looked at here yet: those
-# above the newest known call (x32's too, which have bit 30 set), and those of the gap up to 423, which the
-# kernel has begun to fill. From 424 on all machines share one numbering. A new call that is to be let
-# through raises LAST_CALL; what is refused among those up to it then needs its word above.
-LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
-# Judged by the low 32 bits of an argument, which are all that the kernel looks at, too. After the numbers:
-# the argument's offset in struct seccomp_data, "=" a value or "&" any of these bits
-JUDGED_CALLS = {
-    # all CLONE_NEW*: in a user namespace of its own, root has powers again
-    "SYS_ADMIN": "clone:56:220:16:&:0x7E020000",
-    # AF_ALG, AF_VSOCK: no namespace divides them; all personalities but the question which it is, PER_LINUX,
-    # PER_LINUX32 and UNAME26; TIOCSTI, TIOCLINUX: they type into a terminal
-    "": """socket:41:198:16:=:38 socket:41:198:16:=:40
-        question:135:92:16:=:0xFFFFFFFF personality:135:92:16:&:0xFFFDFFF7
+        io_uring_enter:426:426 io_uring_register:427:427 socket:41:198:16:=:38
+        socket:41:198:16:=:40 question:135:92:16:=:0xFFFFFFFF personality:135:92:16:&:0xFFFDFFF7
         ioctl:16:29:24:=:0x5412 ioctl:16:29:24:=:0x541C""",
 }
+# ENOSYS, for which libc has another way, is the answer to numbers that nobody has looked at here yet: above
+# the newest known call (x32's too, which have bit 30 set), and in the gap that the kernel has begun to fill;
+# from 424 on all machines share one numbering. A new call that is to be let through raises LAST_CALL.
+LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
 
 
 def seccomp_filter(kept):
     """Return the program that the kernel runs at every system call of the container. See seccomp(2).
 
-    Classic BPF, <linux/bpf_common.h>, over struct seccomp_data: the number at offset 0, the
-    architecture at 4, six 64-bit arguments from 16. A step is (code, how far to jump if true, if
-    false, value), counted from the next step. Calls that take a capability in `kept` are let through.
+    Classic BPF, <linux/bpf_common.h>, over struct seccomp_data: the number at offset 0, the architecture at
+    4, six 64-bit arguments from 16. A step is (code, how far to jump from the next step if true, if false,
+    value). Calls that take a capability in `kept` are let through.
     """
-    # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_JGE, BPF_JSET
-    load, equal, at_least, any_bit = 0x20, 0x15, 0x35, 0x45
+    load, equal, at_least, any_bit = 0x20, 0x15, 0x35, 0x45  # BPF_LD|BPF_W|BPF_ABS, JMP|JEQ|K, JGE, JSET
     # BPF_RET: SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO with EPERM and with ENOSYS
     allow, refuse, unknown = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50001), (6, 0, 0, 0x50026)
     # clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc falls back to clone
     others = {"clone3": unknown, "question": allow}
     program = [
-        (load, 0, 0, 4), (equal, 1, 0, ARCHITECTURE), unknown,
-        (load, 0, 0, 0), (at_least, 0, 1, LAST_CALL + 1), unknown,
-        (at_least, 0, 2, GAP_FROM[COLUMN]), (at_least, 1, 0, GAP_TO + 1), unknown,
+        (load, 0, 0, 4), (equal, 0, 4, ARCHITECTURE),  # another: unknown
+        (load, 0, 0, 0), (at_least, 2, 0, LAST_CALL + 1), (at_least, 0, 2, GAP_FROM[COLUMN]),
+        (at_least, 1, 0, GAP_TO + 1), unknown,
     ]
-    for capabilities, calls in (*REFUSED_CALLS.items(), *JUDGED_CALLS.items()):
+    for capabilities, calls in REFUSED_CALLS.items():
         for row in calls.split() if kept.isdisjoint(capabilities.split()) else ():
             name, *words = row.split(":")
             steps = [others.get(name, refuse)]
             if words[2:]:
                 offset, test, value = words[2:]
-                judge = (any_bit if test == "&" else equal, 0, 1, int(value, 0))
-                steps = [(load, 0, 0, int(offset)), judge, *steps, (load, 0, 0, 0)]
+                steps = [(load, 0, 0, int(offset)), (any_bit if test == "&" else equal, 0, 1, int(value, 0)),
+                         *steps, (load, 0, 0, 0)]
             if words[COLUMN] != "-":
                 program += [(equal, 0, len(steps), int(words[COLUMN])), *steps]
     return b"".join(struct.pack("HBBI", *step) for step in [*program, allow])  # struct sock_filter
-
-
-def change_user(options, uid, gid, groups, kept):
-    """Become the command's user, with these capabilities at most. See credentials(7), capabilities(7)."""
-    bits = int(read_file("/proc/self/status", "the bounding set").partition("\nCapBnd:\t")[2][:16], 16)
-    for bit, name in enumerate(CAPABILITY_NAMES):
-        if name in kept:
-            if name in options.cap_add and not bits >> bit & 1:
-                raise Failure(f"--cap-add {name}: mydocker was started without it")
-        elif bits >> bit & 1:  # execve gives root all of the bounding set, whatever capset leaves
-            call("prctl", "PR_CAPBSET_DROP", bit, 0, 0, 0, why=f"{name}: for nobody inside")
-            bits -= 1 << bit
-    if not options.rootless:  # denied there: who gives up a group may open a file that shuts it out
-        call("setgroups", groups, why="its groups, none of the caller's")
-    call("setresgid", gid, gid, gid, why="its group")
-    call("setresuid", uid, uid, uid, why="its user")
-    # _LINUX_CAPABILITY_VERSION_3, this thread; effective, permitted, inheritable, of each 32 bits and then 32
-    # more. Inheritable and, with it, ambient are emptied: through them the caller's would survive execve
-    high, low = divmod(0 if uid else bits, 1 << 32)
-    call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", low, low, 0, high, high, 0),
-         why="keep these capabilities and no others")
-    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="again: the change of user took that back")
 
 
 def read_inside(path, colons):
@@ -1646,8 +1613,8 @@ def read_inside(path, colons):
         return []
     status = os.fstat(fd)
     # to open a FIFO would be to wait for its writer, to read /proc/kmsg for the next message
-    kernels = [os.stat(place).st_dev for place in ("/proc", "/sys")]
-    if not stat.S_ISREG(status.st_mode) or status.st_dev in kernels or status.st_size > 64 << 20:
+    if (not stat.S_ISREG(status.st_mode) or status.st_size > 64 << 20
+            or is_below(os.readlink(at(fd)), ("/proc", "/sys"))):
         raise Failure(f"{path} in the container is not a regular file of at most 64 MiB")
     lines = read_file(at(fd), f"look up the user in {path}").split("\n")
     return [line.split(":") for line in lines if line.count(":") >= colons and "\0" not in line]
@@ -1656,7 +1623,7 @@ def read_inside(path, colons):
 def look_up(word, rows):
     """Return the first row of this name; of this number, if it is one; or one that says nothing more."""
     column = 2 if word.isdecimal() else 0
-    return next((row for row in rows if row[column] == word), ["", "", word, "0", "", "/"])
+    return next((row for row in rows if row[column] == word), [None, "", word, "0", "", "/"])
 
 
 def find_user(options):
@@ -1669,42 +1636,34 @@ def find_user(options):
     name, _, user, gid, _, home, *_ = look_up(user or "0", read_inside("/etc/passwd", 5))
     table = read_inside("/etc/group", 3)
     numbers = [user, *[look_up(word, table)[2] for word in (group or gid, *options.group_add)]]
-    numbers += [row[2] for row in table if name and not group and name in row[3].split(",")]
-    ids: "list[int]" = []
+    numbers += [row[2] for row in table if not group and name in row[3].split(",")]
+    ids = []
     for number in numbers:
         try:
-            ids.append(parse_number(number, 0, (1 << 32) - 2))
+            ids.append(parse_number(number, 0, 0xFFFFFFFE))
         except ValueError:
-            what = "group" if ids else "user"
-            raise Failure(f"{asked}: no such {what} in the container's /etc: {number!r}") from None
-    groups = list(dict.fromkeys(ids[1:]))
+            raise Failure(f"{asked}: no such {'group' if ids else 'user'} in its /etc: {number!r}") from None
+    groups = sorted(set(ids[1:]))
     if len(groups) > 65536:  # NGROUPS_MAX of <linux/limits.h>
         raise Failure(f"{asked}: in more than 65536 groups of the container's /etc")
     if options.rootless and any(ids[:2]):
         raise Failure(f"{asked}: without root there is but one user inside: 0, the caller",
                       "with sudo there are all")
-    return ids[0], ids[1], groups, home or "/"
+    return *ids[:2], groups, home or "/"
 
 
 def drop_privileges(options, uid, gid, groups):
     """Give up, for good, what the command is not to have. Runs in init, last before execve.
 
-    In this order: what the filter refuses, keyctl among it, comes before it; without no_new_privs the kernel
-    takes a filter only from CAP_SYS_ADMIN; cutting the bounding set, groups and limits need what a change of
-    user takes away. See credentials(7), seccomp(2).
+    Without no_new_privs the kernel takes a filter only from CAP_SYS_ADMIN; limits, groups and the bounding
+    set need what a change of user takes away. See credentials(7), capabilities(7).
     """
-    everything = options.privileged or "ALL" in options.cap_add
-    names = CAPABILITY_NAMES if everything else DEFAULT_CAPABILITIES
+    kept = set(CAPABILITY_NAMES if options.privileged or "ALL" in options.cap_add else DEFAULT_CAPABILITIES)
     if "ALL" in options.cap_drop:
-        names = []
-    kept = {*names, *options.cap_add}.difference(options.cap_drop)
+        kept = set()
+    kept = kept.union(options.cap_add).difference(options.cap_drop)
     if options.oom_score_adj is not None:  # while we may: to lower it takes CAP_SYS_RESOURCE
         write_file("/proc/self/oom_score_adj", str(options.oom_score_adj), "set --oom-score-adj")
-    try:
-        call("keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="a keyring of its own, not that of root")
-    except OSError as error:
-        if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
-            raise
     for name, limit in options.ulimit:
         call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
     if options.process_limit:  # refused where the caller's own is lower already
@@ -1716,25 +1675,50 @@ def drop_privileges(options, uid, gid, groups):
         fprog = ctypes.create_string_buffer(struct.pack("HP", len(program) // 8, ctypes.addressof(program)))
         call("prctl", "PR_SET_SECCOMP", "SECCOMP_MODE_FILTER", ctypes.addressof(fprog), 0, 0,
              why="from here on the kernel asks this filter at every call")
-    change_user(options, uid, gid, groups, kept)
+    bits = int(read_file("/proc/self/status", "the bounding set").partition("\nCapBnd:\t")[2][:16], 16)
+    for bit, name in enumerate(CAPABILITY_NAMES):
+        if name in kept:
+            if name in options.cap_add and not bits >> bit & 1:
+                raise Failure(f"--cap-add {name}: mydocker was started without it")
+        elif bits >> bit & 1:  # execve gives root all of the bounding set, whatever capset leaves
+            call("prctl", "PR_CAPBSET_DROP", bit, 0, 0, 0, why=f"{name}: for nobody inside")
+            bits -= 1 << bit
+    if not options.rootless:  # denied there: who gives up a group may open a file that shuts it out
+        call("setgroups", groups, why="its groups, none of the caller's")
+    call("setresgid", gid, gid, gid, why="its group")
+    call("setresuid", uid, uid, uid, why="its user")
+    # _LINUX_CAPABILITY_VERSION_3, this thread; effective, permitted, inheritable, of 32 bits and then of 32
+    # more. Inheritable and, with it, ambient are emptied: through them the caller's would survive execve
+    high, low = divmod(0 if uid else bits, 1 << 32)
+    call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", low, low, 0, high, high, 0),
+         why="keep these capabilities and no others")
+    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="again: the change of user took that back")
     if not options.privileged and "no-new-privileges=false" not in options.security_opt:
         call("prctl", "PR_SET_NO_NEW_PRIVS", 1, 0, 0, 0, why="setuid programs give nothing more")
 
 
-# ---- Inside, the rest of init: close_all_but, attach_stdio, execute ------------------------------
+# ---- Inside, the rest of init: attach_stdio, find_command, execute -------------------------------
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def close_all_but(*kept):
-    """Close every descriptor but 0 to 2 and `kept`.
+def leave_behind(uid, *kept):
+    """Let go of root's keys, and of all descriptors but `kept` and 0 to 2, which the user may open by name.
 
-    Close-on-exec would be too late: while execve looks up the command, its #! interpreter and its loader,
-    a symlink to /proc/self/fd/N could still lead through a directory of the host that is open here
-    (CVE-2024-21626).
+    Close-on-exec would be too late: while execve looks up the command, its #! interpreter and its loader, a
+    symlink to /proc/self/fd/N could lead through a directory of the host that is open (CVE-2024-21626).
     """
+    try:
+        call("keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="a keyring of its own, not that of root")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
+            raise
+    for fd in range(3) if uid else ():
+        # pipes without a name: a FIFO of the host's stays as it is
+        if os.isatty(fd) or os.readlink(at(fd)).startswith("pipe:"):
+            call("fchown", fd, uid, -1, why="it is its user's")
     first = 3
-    for fd in (*sorted(kept), 1 << 30):
+    for fd in sorted([*kept, 1 << 30]):
         if first < fd:
             call("close_range", first, fd - 1, 0, why="nothing of ours or of the caller's is open inside")
         first = fd + 1
@@ -1742,21 +1726,15 @@ def close_all_but(*kept):
 
 def set_up_network(options):
     """Bring up lo, all that a new network namespace has; let everybody have port 80, ping. netdevice(7)."""
-    fd = call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that")
-    request = struct.pack("16sH14x", b"lo", 1)  # struct ifreq: IFF_UP
-    call("ioctl", fd, "SIOCSIFFLAGS", request, why="bring up lo")
+    call("ioctl", call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that"),
+         "SIOCSIFFLAGS", struct.pack("16sH14x", b"lo", 1), why="bring up lo")  # struct ifreq: IFF_UP
     attempt(write_file, "/proc/sys/net/ipv4/ip_unprivileged_port_start", "0", "nobody is in the way there")
-    attempt(write_file, "/proc/sys/net/ipv4/ping_group_range",
-            "0 0" if options.rootless else "0 2147483647",  # in a user namespace there is but one group
-            "nobody is hurt by an echo")
+    attempt(write_file, "/proc/sys/net/ipv4/ping_group_range", "0 0" if options.rootless else "0 2147483647",
+            "nobody is hurt by an echo; in a user namespace there is but one group")
 
 
 def join_cgroups(options, cgroups, places):
-    """Enter the cgroups, then see them as the root of all cgroups. See cgroup_namespaces(7).
-
-    Late, so that this interpreter is not charged and small limits work; before the command's first
-    instruction, so that no child of it can be outside.
-    """
+    """Enter the cgroups, late, uncharged for this interpreter; see them as the root. cgroup_namespaces(7)."""
     for cgroup in cgroups:
         fd, data = cgroup.joins.pop(0)
         try:
@@ -1768,10 +1746,10 @@ def join_cgroups(options, cgroups, places):
     for cgroup in cgroups:
         for fd, data in cgroup.joins:  # --privileged on v2: that root is to be divided further
             call("write", fd, data, why=f"go below, and hand the controllers down ({cgroup.directory})")
-    flags = INERT if options.privileged else f"MS_RDONLY|{INERT}"
     for cgroup, place in places:
-        fstype = "cgroup" if cgroup.controllers else "cgroup2"
-        mount("cgroup", at(place), fstype, flags, cgroup.controllers, "its own cgroup, nothing above")
+        mount("cgroup", at(place), "cgroup" if cgroup.controllers else "cgroup2",
+              INERT if options.privileged else f"MS_RDONLY|{INERT}", cgroup.controllers,
+              "its own cgroup, nothing above")
 
 
 def attach_stdio(options, stdio):
@@ -1782,21 +1760,13 @@ def attach_stdio(options, stdio):
         except FileNotFoundError:  # the master is closed: run() has died, and this process is about to
             raise SystemExit(EXIT_MYDOCKER) from None
         call("ioctl", fd, "TIOCSCTTY", 0, why="the controlling terminal: Ctrl-C, job control")
-        why = "its terminal by another name"
-        attach(clone_tree("/dev/pts/0", why), open_inside("/dev/console", why, "file"), why)
+        attach(clone_tree("/dev/pts/0", "the same terminal"),
+               open_inside("/dev/console", "where it goes", "file"), "its terminal by another name")
         stdio = dict.fromkeys(range(3), fd)
     elif not options.interactive:
         stdio[0] = call("open", "/dev/null", "O_RDONLY|O_CLOEXEC", why="without -i there is no stdin")
     for target, fd in stdio.items():
         call("dup2", fd, target, why="stdin, stdout, stderr")
-
-
-def give_stdio(uid):
-    """Give terminals and pipes at 0 to 2 to the command's user, who may want to open /dev/stdout by name."""
-    for fd in range(3) if uid else ():
-        # pipes without a name: a FIFO of the host's stays as it is
-        if os.isatty(fd) or os.readlink(at(fd)).startswith("pipe:"):
-            call("fchown", fd, uid, -1, why="it is its user's")
 
 
 def enter_workdir(options):
@@ -1806,13 +1776,12 @@ def enter_workdir(options):
     hidden = is_below(options.cwd, PRIVATE_PATHS + (("/tmp",) if options.rootless else ()))
     path = chosen or ("" if hidden else options.cwd)
     try:
-        fd = open_inside(path, "--workdir", "dir" if chosen else "")
-        call("fchdir", fd, why=f"start in {path}")
+        call("fchdir", open_inside(path, "--workdir", "dir" if chosen else ""), why=f"start in {path}")
     except OSError:
         if chosen:
             raise
-        where = options.cwd or "(deleted)"
-        log.warning(f"the current directory {where} is not visible inside: starting in /")
+        log.warning(f"the current directory {options.cwd or '(deleted)'} is not visible inside: "
+                    "starting in /")
 
 
 def environment(options, home):
@@ -1825,83 +1794,67 @@ def environment(options, home):
     return {name: value for name, value in env.items() if value is not None}
 
 
-def restore_signals(caller_mask):
-    """Reset what execve would hand on: ignored signals, and the mask of run().
-
-    A handler of Python's would take a pending SIGINT. HUP stays as the caller has it, who may be nohup.
-    """
-    for number in signal.valid_signals() - {signal.SIGHUP}:
-        if signal.getsignal(number) != signal.SIG_DFL:  # to set that again would discard a pending SIGCONT
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
-
-
 def find_command(command, path):
-    """Return where `command` may be: as it is with a slash in it, else in each directory of `path`."""
-    if "/" in command:
-        return [command]
-    return [f"{place or '.'}/{command}" for place in path.split(":") if command]
+    """Return where `command` may be, in each directory of `path` unless it has a slash: {place: interpreter}.
 
-
-def refuse_own_python(paths):
-    """Refuse what leads to the host's Python by /proc/self/exe: a command, or what its #! names.
-
-    Until execve, our /proc/self/exe is the host's Python. A command that leads there would start it with
-    the image's own loader: code of the image that can hold the host's Python open, and write to it when run()
-    is gone (CVE-2019-5736). Done as root: the kernel reads the #! of a script that the command's user may not
-    read. What is exchanged after this look, run() sees when it holds the new program: Container.reap().
+    Done as root: the kernel reads the #! of a script that the command's user may not read.
     """
-    for path in paths:
-        for program in follow_interpreters(path):
-            if attempt(is_own_python, program):
-                raise Failure(f"{path}: leads to the program that runs mydocker: refused", "",
-                              EXIT_NOT_EXECUTABLE)
+    places = [f"{place or '.'}/{command}" for place in path.split(":") if command]
+    return {place: follow_interpreters(place) for place in ([command] if "/" in command else places)}
 
 
 def is_own_python(path):
-    """Tell whether `path` is the program of this process: the same file, by the same mount.
-
-    By another mount, as with the host's /usr in a volume, it is like any other file that is there.
-    """
-    own = "/proc/self/exe"
-    return os.path.samefile(path, own) and mount_id(path) == mount_id(own)
+    """Tell whether `path` is the program of this process: the same file, in no copy of the mount."""
+    return os.path.samefile(path, "/proc/self/exe") and mount_id(path) == mount_id("/proc/self/exe")
 
 
 def follow_interpreters(path):
-    """Return `path` and the interpreters to which its #! leads, as the kernel reads it. See execve(2)."""
-    found = [path]
+    """Return the last program to which the #! of `path` leads, as the kernel reads it. See execve(2).
+
+    Refuse the host's Python, which /proc/self/exe is until execve: the image's loader, in it, could hold it
+    open and write to it when run() is gone (CVE-2019-5736). What is exchanged after this look, run() sees
+    when it holds the new program: Container.reap().
+    """
     try:
-        for _ in range(5):  # the kernel follows no more
-            mode = os.stat(found[-1]).st_mode
-            if not stat.S_ISREG(mode) or not mode & 0o111:  # to read /proc/kmsg, a file, takes from it
+        for _ in range(6):  # the kernel follows no more
+            if is_own_python(path):
+                raise Failure(f"{path}: leads to the program that runs mydocker: refused", "",
+                              EXIT_NOT_EXECUTABLE)
+            # to read /proc/kmsg, a file, takes from it
+            if not os.path.isfile(path) or not os.stat(path).st_mode & 0o111:
                 break
-            with open(found[-1], "rb", 0) as file:
+            with open(path, "rb", 0) as file:
                 head = file.read(256)
             if head[:2] != b"#!":
                 break
             # after spaces and tabs a word up to one of these, which are fewer than those of bytes.split()
             ends = bytes.maketrans(b" \t\n", b"\0\0\0")
-            found.append(os.fsdecode(head[2:].lstrip(b" \t").translate(ends).partition(b"\0")[0]))
+            path = os.fsdecode(head[2:].lstrip(b" \t").translate(ends).partition(b"\0")[0])
     except OSError:
         pass  # what is not there, or cannot be read, leads nowhere
-    return found
+    return path
 
 
-def execute(options, argv, paths, env):
-    """Become the command, one of `paths` inside. Raises Failure when it cannot. See execve(2).
+def execute(options, argv, places, env, caller_mask):
+    """Become the command, in one of `places`. Raises Failure when it cannot. See execve(2).
 
     By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
     """
-    hint = "" if options.rootfs else "there are no images here: --rootfs DIR names a root filesystem"
-    failure = Failure(f"{argv[0] or '(nothing)'}: command not found", hint, EXIT_NOT_FOUND)
-    for path in paths:
+    # execve hands on what is ignored: HUP as by the caller, who may be nohup, and no other. Then the mask:
+    # before, a handler of Python's would take a pending SIGINT
+    for number in signal.valid_signals() - {signal.SIGHUP}:
+        if signal.getsignal(number) != signal.SIG_DFL:  # to set that again would discard a pending SIGCONT
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
+    failure = Failure(f"{argv[0] or '(nothing)'}: command not found", "" if options.rootfs else
+                      "there are no images here: --rootfs DIR names a root filesystem", EXIT_NOT_FOUND)
+    for path, last in places.items():
         try:
             call("execve", path, argv, env, why="become the command, as PID 1 of the container")
         except (FileNotFoundError, NotADirectoryError):
             if os.path.isfile(path):
-                last = follow_interpreters(path)[-1]
-                what = "the ELF loader" if last == path else last
-                raise Failure(f"{path}: its interpreter, {what}, is not in the container", "", EXIT_NOT_FOUND)
+                raise Failure(f"{path}: its interpreter, {'the ELF loader' if last == path else last}, "
+                              "is not in the container", "", EXIT_NOT_FOUND)
         except OSError as error:
             why = "it is a directory" if os.path.isdir(path) else os.strerror(error.errno)
             failure = Failure(f"{path}: cannot execute: {why}", "", EXIT_NOT_EXECUTABLE)
@@ -2136,7 +2089,7 @@ class Container:
                 self.go_on(0, self.keys)
 
     def refuse_python(self):
-        """Kill what became the host's Python past refuse_own_python(): an exchanged file, binfmt_misc."""
+        """Kill what became the host's Python past follow_interpreters(): an exchanged file, binfmt_misc."""
         # None: it has ended already
         if attempt(is_own_python, f"/proc/{self.pid}/exe"):
             self.kill("the command became the program that runs mydocker: killed")
