@@ -1121,17 +1121,25 @@ MASKED_PATHS = """/proc/acpi /proc/asound /proc/interrupts /proc/kcore /proc/key
     /proc/sched_debug /proc/scsi /proc/timer_list /proc/timer_stats /sys/firmware
     /sys/devices/virtual/powercap""".split()
 READ_ONLY_PATHS = "/proc/bus /proc/fs /proc/irq /proc/sys /proc/sysrq-trigger".split()
-CPUS = "/sys/devices/system/cpu"  # of each, thermal_throttle is masked, too
 # The container's own in every view: the host's processes, hardware, devices and sockets stay outside
 PRIVATE_PATHS = ("/proc", "/sys", "/dev", "/run")
 # Filesystems that hold no files of the host's, wherever they are mounted
-PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devpts devtmpfs
-    efivarfs fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs
-    tracefs""".split()
+PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devpts devtmpfs efivarfs
+    fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs tracefs""".split()
 INERT = "MS_NOSUID|MS_NODEV|MS_NOEXEC"  # for filesystems of which nothing is to be executed
-# Why a mount of the host's cannot be shown: covered by another, deleted, a user's FUSE, its server is dead
-COVERED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-UNSHOWABLE = (*COVERED, errno.EACCES, errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EINVAL)
+# Mount point, type, flags, options, and why
+OWN_MOUNTS = """
+/proc proc {inert} - the processes of the new pid namespace
+/sys sysfs {inert}|{frozen} - devices as the network namespace has them
+/dev tmpfs MS_NOSUID|MS_STRICTATIME|{nodev} mode=755,size=64m no device of the host
+/dev/pts devpts MS_NOSUID|MS_NOEXEC newinstance,ptmxmode=0666,mode=0620{tty} terminals of its own, from 0 on
+/dev/shm tmpfs {inert} mode=1777,size={size} POSIX shared memory
+/dev/mqueue mqueue {inert} - POSIX queues of the ipc namespace"""
+RUN = """
+/run tmpfs MS_NOSUID|MS_NODEV mode=755 in place of the host's
+/run/lock tmpfs MS_NOSUID|MS_NODEV mode=1777 where Debian's /var/lock leads to"""
+TMP = "\n/tmp tmpfs MS_NOSUID|MS_NODEV mode=1777 in place of the host's"
+COVERED = "ENOENT ENOTDIR ELOOP"  # no way leads to a mount of the host's: another one is in front
 
 
 class Rootfs:
@@ -1141,10 +1149,9 @@ class Rootfs:
     none, as root        each filesystem of the host under such an overlay; /run is its own
     none, without root   the host's mounts, read-only, no layer; /run and /tmp are its own
 
-    The new root is mounted over "/", which every host has. That covers nothing from us: a path still begins
-    below it; "/.." is the one that climbs on top. What is wanted of the host is cloned. A clone is a mount
-    that is attached nowhere yet; it gets its flags while nobody can see it, and is attached to a descriptor,
-    not to a name: there is no moment and no rename in which it could be without them, or somewhere else.
+    The new root is mounted over "/". That covers nothing from us: a path still begins below it, and "/.."
+    climbs on top. What is wanted of the host is cloned; a clone is a mount that is attached nowhere yet. It
+    gets its flags while nobody can see it, and is attached to a descriptor: no rename can lead it elsewhere.
     """
 
     def __init__(self, options, cgroups):
@@ -1166,12 +1173,13 @@ class Rootfs:
         for target, source, flags in self.options.volume:  # before anything of ours is mounted in there
             why = f"--volume {source}:{target}"
             clone = clone_tree(source, why, f"{nodev}|{flags or 0}")
-            self.mounts.append((why, target, "dir" if is_directory(clone) else "file", clone, ""))
+            self.mounts.append((why, target, "dir" if os.path.isdir(at(clone)) else "file", clone, ""))
         if self.bound:
             self.mount_bound_view()
         else:
             self.mount_overlays()
         self.mount_own()
+        self.make_devices()
         call("fchdir", self.top, why="stand in the new root")
         call("pivot_root", ".", ".", why='the new root becomes "/"; the old one lies on it, until umount2')
         if not self.bound:
@@ -1186,55 +1194,33 @@ class Rootfs:
                           "unshare --mount, bind the chroot on itself, and pivot_root into it")
         self.place_cgroups()
 
-    def clone_device(self, path):
-        """Return a clone of a device node of the host's.
-
-        As root it is a node of our own, on a tmpfs that may have them, so that chmod and chown inside do not
-        reach the host's. Without root none can be made; there the host's belong to somebody else.
-        """
-        status = os.stat(path)
-        if not status.st_rdev:
-            raise Failure(f"--device {path}: it is no device")
-        if not self.options.rootless:
-            mode = status.st_mode | (0o666 if path in DEVICES else 0)
-            path = f"{at(self.memory)}/{path.replace('/', '%')}"
-            if not os.path.lexists(path):
-                call("mknod", path, mode, status.st_rdev, why="a device node of the container's own")
-                call("chown", path, status.st_uid, status.st_gid, why="as the host's")
-        return clone_tree(path, "a device for the container")
-
     def mount_bound_view(self):
         """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them.
 
         In a user namespace they hang together: what is not to be seen cannot be left out, but covered.
         """
         log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
-        rows = list(read_mountinfo())
+        rows = list(read_mountinfo())  # as long as each is there but once
         attach(clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV"),
                open_path("/", "the root"), "over the old root")
         self.top = open_path("/..", "the new root, mounted over the old")
         devices = {row[3]: row[1] for row in rows}
+        # of the host's /run, be it a filesystem of its own or a directory
+        run = (devices.get("/run", "none"), devices["/"] + "/run")
         for _, device, root, point, fstype, _ in rows:
-            # of the host's /run, be it a filesystem of its own or a directory
-            is_run = device == devices.get("/run") or device == devices["/"] and is_below(root, ("/run",))
-            if (is_run or fstype in PSEUDO_FILESYSTEMS) and not is_below(point, (*PRIVATE_PATHS, "/tmp")):
+            if not is_below(point, (*PRIVATE_PATHS, "/tmp")) and (
+                    fstype in PSEUDO_FILESYSTEMS or is_below(device + root, run)):
                 why = f"cover the host's {point}"  # another proc, a bind of something in /run
-                try:
-                    place = open_inside(point, why, "", self.top)
-                except OSError as error:
-                    if error.errno not in (*COVERED, errno.EACCES):  # nobody inside gets there, either
-                        raise
-                else:
+                # where root may not enter nobody inside gets to it, either
+                place = tolerate(f"{COVERED} EACCES", open_inside, point, why, "", self.top)
+                if place:
                     hide(place, why)
 
     def mount_overlays(self):
         """Make the root-to-be of an overlay of the rootfs, or of one for each filesystem of the host."""
         options = self.options
-        rows = [] if options.rootfs else list(read_mountinfo())  # a namespace just copied lists parents first
-        # overlay wants the topmost first
         lowers = [open_path(path, "a layer of --rootfs") for path in options.rootfs[::-1] or ["/"]]
-        mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700",
-              "memory for what is written: it goes with the container")
+        mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700", "what is written: it goes with the container")
         self.layer = self.memory = open_path("/..", "what was mounted over the root")
         if options.upperdir:
             self.layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
@@ -1243,40 +1229,37 @@ class Rootfs:
         self.mount_overlay(lowers, "", "/")
         self.top = open_path("/..", "the new root, mounted over the old")
         self.overlays = [self.top]
-        for number, _, _, point, fstype, _ in rows:
+        # a namespace just copied lists parents first
+        for number, _, _, point, fstype, _ in () if options.rootfs else list(read_mountinfo()):
             if point != "/" and fstype not in PSEUDO_FILESYSTEMS and not is_below(point, PRIVATE_PATHS):
                 self.show_filesystem(point, number, lowers[0])
 
     def show_filesystem(self, path, number, host):
         """Show a filesystem of the host like its root, or read-only, or, where neither can be, not at all."""
-        why, seen = f"the host's {path}", False
+        why = f"the host's {path}"
         try:
-            lower = open_inside(path, why, "", host)
-            # it may be covered by another mount, even by the host's proc; a socket would be one of the host's
-            is_file = stat.S_ISREG(os.fstat(lower).st_mode)
-            if mount_id(at(lower)) != number or not (is_file or is_directory(lower)):
+            lower = tolerate(COVERED, open_inside, path, why, "", host)
+            # another may be what is seen there, even the host's proc; a socket would be one of the host's
+            if not lower or mount_id(at(lower)) != number or (
+                    stat.S_IFMT(os.fstat(lower).st_mode) not in (stat.S_IFREG, stat.S_IFDIR)):
                 return
-            seen = True
             target = open_inside(path, why, "", self.top)
-            try:
-                self.mount_overlay([lower], path, at(target))
+            # no overlay: of a file, of a filesystem that it does not take, such as FAT, with too long a name
+            if tolerate("EINVAL ENOTDIR ENAMETOOLONG", self.mount_overlay, [lower], path, at(target)):
                 self.overlays.append(open_inside(path, why, "", self.top))
-            except OSError as error:  # a file, or of a filesystem that overlay does not take, such as FAT
-                if error.errno not in (errno.EINVAL, errno.ENOTDIR, errno.ENAMETOOLONG):  # of its layer
-                    raise
+            else:
                 attach(clone_tree(at(lower), why, "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV", "0"), target, why)
         except OSError as error:
-            if error.errno not in UNSHOWABLE:
+            # its file or its place was deleted, it is a user's, its server is dead
+            if errno.errorcode.get(error.errno) not in f"{COVERED} EACCES ENOTCONN ESTALE EIO EINVAL".split():
                 raise
-            if seen or error.errno not in COVERED:  # what is covered nobody on the host sees, either
-                log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
+            log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
 
     def mount_overlay(self, lowers, path, target):
         """Mount on `target` the directories `lowers`, topmost first, with a writable layer for `path`.
 
-        `lowers` are never changed; what is written goes to upperdir; workdir, beside that, is where overlay
-        prepares a file before it moves it there. None is named so that it could bring in an option of its
-        own. See overlayfs.rst of the kernel.
+        What is written goes to upperdir; in workdir overlay prepares a file before it moves it there. None is
+        named so that it could bring in an option of its own. See overlayfs.rst of the kernel.
         """
         name = path.replace("%", "%25").replace("/", "%2F").replace(",", "%2C").replace("\\", "%5C")
         layers = [f"{at(self.layer)}/upper{name}", *[f"{at(fd)}/." for fd in lowers]]
@@ -1284,12 +1267,12 @@ class Rootfs:
         if not path:
             self.fill_layer(layers)
         data = f"xino=on,lowerdir={':'.join(map(at, lowers))},upperdir={upper},workdir={work}"
-        if self.options.rootless:
-            data += ",userxattr"  # overlay marks files by xattrs; trusted.* needs root outside
+        data += ",userxattr" * self.options.rootless  # it marks files by xattrs; trusted.* needs root outside
         mount("overlay", target, "overlay", self.nodev, data, "a writable layer over what is never changed")
+        return True
 
     def fill_layer(self, layers):
-        """Put /etc/hosts, hostname and resolv.conf of the container's own into the layer, before it is one.
+        """Put the container's own /etc/hosts, hostname and resolv.conf into the layer, before it is one.
 
         There they replace what the image has, even a link that leads nowhere; where that cannot be, it stays.
         """
@@ -1303,26 +1286,24 @@ class Rootfs:
             if name == "hosts":
                 text += "\n".join([*options.add_host, ""])
             attempt(os.unlink, f"{etc}/{name}")  # an earlier run's, with --upperdir
-            try:
-                create_file(f"{etc}/{name}", text)
-            except FileExistsError:  # a directory of the user's
-                pass
+            fd = tolerate("EEXIST", call, "open", f"{etc}/{name}", "O_WRONLY|O_CREAT|O_EXCL", 0o644, why=name)
+            if fd:  # else it is a directory of the user's
+                call("write", fd, os.fsencode(text), why=name)
         # in a directory whose owner does not exist in our user namespace, overlay lets nobody make anything
         rows = [*options.volume, *options.device, *options.tmpfs, (options.workdir or "/",)]
         for target, *_ in rows if options.rootless else ():
             self.make_below(layers, os.path.dirname(target))
 
     def make_below(self, layers, path):
-        """Make a directory in the layer, the first of `layers`, like the next that has it; return where.
+        """Make a directory in the layer, the first of `layers`, like the next that has it, and return where.
 
-        Return "" where something else is in the way: a link could lead out.
+        Or "", where something else is in the way: a link could lead out.
         """
         place = layers[0] + path
         statuses = [attempt(os.lstat, layer + path) for layer in layers]
         below = next(filter(None, statuses), None)
-        if below and not stat.S_ISDIR(below.st_mode):
-            return ""
-        if path and not self.make_below(layers, path.rpartition("/")[0]):
+        if below and not stat.S_ISDIR(below.st_mode) or (
+                path and not self.make_below(layers, path.rpartition("/")[0])):
             return ""
         if not statuses[0]:
             call("mkdir", place, 0o755, why="a directory of the layer")
@@ -1333,27 +1314,12 @@ class Rootfs:
         return place
 
     def mount_own(self):
-        """Mount what is the container's own in every view, while the host's /proc and /sys are there.
-
-        In a user namespace the kernel wants to see those before it mounts others.
-        """
+        """Mount what is the container's own; the kernel wants to see the host's /proc and /sys for that."""
         options = self.options
-        tty = "" if options.rootless else ",gid=5"
-        frozen = "0" if options.privileged else "MS_RDONLY"
-        table = f"""\
-/proc proc {INERT} - the processes of the new pid namespace
-/sys sysfs {INERT}|{frozen} - devices as the network namespace has them
-/dev tmpfs MS_NOSUID|MS_STRICTATIME|{self.nodev} mode=755,size=64m no device of the host
-/dev/pts devpts MS_NOSUID|MS_NOEXEC newinstance,ptmxmode=0666,mode=0620{tty} terminals of its own, from 0 on
-/dev/shm tmpfs {INERT} mode=1777,size={options.shm_size} POSIX shared memory
-/dev/mqueue mqueue {INERT} - POSIX queues of the ipc namespace"""
-        if not options.rootfs:
-            table += """
-/run tmpfs MS_NOSUID|MS_NODEV mode=755 in place of the host's
-/run/lock tmpfs MS_NOSUID|MS_NODEV mode=1777 where Debian's /var/lock leads to"""
-        if self.bound:
-            table += "\n/tmp tmpfs MS_NOSUID|MS_NODEV mode=1777 in place of the host's"
-        for row in table.split("\n"):
+        table = OWN_MOUNTS + RUN * (not options.rootfs) + TMP * self.bound
+        for row in table.format(
+                inert=INERT, frozen="0" if options.privileged else "MS_RDONLY", nodev=self.nodev,
+                tty="" if options.rootless else ",gid=5", size=options.shm_size).split("\n")[1:]:
             point, fstype, flags, data, why = row.split(" ", 4)
             place = open_inside(point, "its place in the rootfs", "dir", self.top)
             # only the owner of a network namespace may mount its sysfs
@@ -1361,11 +1327,27 @@ class Rootfs:
                 attach(clone_tree(point, why, "MOUNT_ATTR_RDONLY"), place, why)
             else:
                 mount(fstype, at(place), fstype, flags, data.strip("-"), why)
-        for path in DEVICES:
-            place = open_inside(path, "a device that all have", "file", self.top)
-            attach(self.clone_device(path), place, "a device that all have")
-        for target, source in options.device:
-            self.mounts.append((f"--device {source}", target, "file", self.clone_device(source), ""))
+
+    def make_devices(self):
+        """Fill /dev with what all have and --device asks for.
+
+        As root a node is our own, on a tmpfs that may have some: chmod and chown inside do not reach the
+        host's. Without root none can be made; there the host's belong to somebody else.
+        """
+        for target, path in [*zip(DEVICES, DEVICES), *self.options.device]:
+            why, status = f"--device {path}", os.stat(path)
+            if not status.st_rdev:
+                raise Failure(f"{why}: it is no device")
+            if not self.options.rootless:
+                mode = status.st_mode | (0o666 if path in DEVICES else 0)
+                path = f"{at(self.memory)}/{path.replace('/', '%')}"
+                tolerate("EEXIST", call, "mknod", path, mode, status.st_rdev, why="a device node of its own")
+                call("chown", path, status.st_uid, status.st_gid, why="as the host's")
+            clone = clone_tree(path, why)
+            if target in DEVICES:
+                attach(clone, open_inside(target, why, "file", self.top), why)
+            else:
+                self.mounts.append((why, target, "file", clone, ""))
         for name, text in DEVICE_LINKS.items():
             call("symlink", text, f"{at(self.top)}/dev/{name}", why="programs expect it")
 
@@ -1374,45 +1356,46 @@ class Rootfs:
         top, why = "/sys/fs/cgroup", "where the cgroups go"
         if not exists(top):
             return
-        if [cgroup.version for cgroup in self.cgroups] == [2]:
-            self.cgroup_places = [(self.cgroups[0], open_path(top, why))]
-            return
-        # also where there is none: it hides the host's, which --network host shows without root
-        mount("tmpfs", top, "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
+        alone = [cgroup.version for cgroup in self.cgroups] == [2]  # it is shown at the top itself
+        if not alone:  # also where there is none: that hides the host's, which --network host shows
+            mount("tmpfs", top, "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
         for cgroup in self.cgroups:
-            names = cgroup.controllers or "unified"  # v2 beside v1
+            names = cgroup.controllers or "unified" * (not alone)
             self.cgroup_places.append((cgroup, open_inside(f"{top}/{names}", why, "dir")))
             for name in {*names.split(",")} - {names}:
                 call("symlink", names, f"{top}/{name}", why="as on the host")
-        set_attributes(open_path(top, why), "MOUNT_ATTR_RDONLY", "it is complete", "0")
+        if not alone:
+            set_attributes(open_path(top, why), "MOUNT_ATTR_RDONLY", "it is complete", "0")
 
     def mask(self):
         """Hide what tells of the host, freeze what would change the one kernel that all share."""
         if self.options.privileged:
             return
-        throttles = [f"{CPUS}/{name}/thermal_throttle" for name in os.listdir(CPUS)]
+        cpus = "/sys/devices/system/cpu"
+        throttles = [f"{cpus}/{name}/thermal_throttle" for name in os.listdir(cpus)]
         flags = "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NOSUID|MOUNT_ATTR_NODEV|MOUNT_ATTR_NOEXEC"
         for path in filter(exists, MASKED_PATHS + READ_ONLY_PATHS + throttles):
             why = f"hide or freeze {path}"
+            place = open_path(path, why)
             if path in READ_ONLY_PATHS:
-                attach(clone_tree(path, why, flags), open_path(path, why), why)
+                attach(clone_tree(path, why, flags), place, why)
             else:
-                hide(open_path(path, why), why)
+                hide(place, why)
 
     def furnish(self):
         """Mount what --tmpfs and --volume ask for, parents first. The command's terminal is open by now."""
         for why, target, kind, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
             place = open_inside(target, why, kind)
             where = os.readlink(at(place))  # the kernel's word: every link resolved
-            # what we read in /proc must come from the kernel; init mounts the cgroups later
+            # what we read in /proc must come from the kernel, and init mounts the cgroups later
             if where == "/" or is_below(where, ("/proc", "/sys/fs/cgroup")):
                 raise Failure(f"{why}: in the container that is {where}, which is no place for it: refused")
-            if kind != "shared":
+            if kind == "shared":
+                if "mode=" not in data:
+                    data += f",mode={os.fstat(place).st_mode:o}"
+                mount("tmpfs", at(place), "tmpfs", f"{source}|{self.nodev}", data, why)
+            else:
                 attach(source, place, why)
-                continue
-            if "mode=" not in data:
-                data += f",mode={os.fstat(place).st_mode:o}"
-            mount("tmpfs", at(place), "tmpfs", f"{source}|{self.nodev}", data, why)
 
     def freeze(self):
         """Make the root read-only, if it is to be: the root alone, not what is mounted below it."""
@@ -1420,9 +1403,13 @@ class Rootfs:
             set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only", "0")
 
 
-def is_directory(fd):
-    """Tell whether a descriptor is one of a directory."""
-    return stat.S_ISDIR(os.fstat(fd).st_mode)
+def tolerate(symbols, step, *args, **keywords):
+    """Take a step: return its result, or None where it fails by one of these errors."""
+    try:
+        return step(*args, **keywords)
+    except OSError as error:
+        if errno.errorcode.get(error.errno) not in symbols.split():
+            raise
 
 
 def open_path(path, why, flags=""):
@@ -1440,22 +1427,19 @@ def clone_tree(path, why, flags="", recursive="AT_RECURSIVE"):
 
 def set_attributes(fd, flags, why, recursive):
     """Add flags to the mount behind `fd`, and to all below it. See mount_setattr(2)."""
-    # struct mount_attr: set, clear, propagation, userns
-    attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)
-    call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes),
-         why=f"{why} ({flags})")
+    attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)  # set, clear, propagation, userns
+    why = f"{why} ({flags})"
+    call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes), why=why)
 
 
 def attach(clone, place, why):
-    """Attach what clone_tree() returned to what `place` refers to; close both. See move_mount(2)."""
+    """Attach what clone_tree() returned to what `place` refers to. See move_mount(2)."""
     call("move_mount", clone, "", place, "", "MOVE_MOUNT_F_EMPTY_PATH|MOVE_MOUNT_T_EMPTY_PATH", why=why)
-    os.close(clone)
-    os.close(place)
 
 
 def hide(place, why):
     """Cover a directory with an empty one, anything else with the null device."""
-    if is_directory(place):
+    if os.path.isdir(at(place)):
         mount("tmpfs", at(place), "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", why)
     else:
         attach(clone_tree("/dev/null", why), place, why)
@@ -1465,12 +1449,10 @@ def open_inside(path, why, create="", root="AT_FDCWD"):
     """Return an O_PATH descriptor for `path`, every symlink resolved inside the root, or refused.
 
     `create` is what to make if it is missing: a "file", a "dir", or one "shared" by all users, as /tmp is.
-    The root is where we stand, "/"; there a magic link of /proc (/proc/self/root, an open descriptor) is
-    refused: neither image nor volume can lead a mount elsewhere. Before that it is `root`, for paths that
-    have no symlink to follow. See openat2(2).
+    The root is where we stand, "/"; a magic link of /proc (/proc/self/root, an open descriptor) is refused:
+    no image, no volume leads a mount elsewhere. Or it is `root`, for paths without a symlink. See openat2(2).
     """
     refused = "RESOLVE_NO_MAGICLINKS" if root == "AT_FDCWD" else "RESOLVE_NO_SYMLINKS"
-    # struct open_how: flags, mode, resolve
     how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, value_of(f"RESOLVE_IN_ROOT|{refused}"))
     place = f"{why}: {path} in the container"
     try:
@@ -1479,41 +1461,27 @@ def open_inside(path, why, create="", root="AT_FDCWD"):
         if not create:
             raise
     above, name = os.path.split(path.rstrip("/"))
-    fd = open_inside(above, why, "dir", root)
-    missing = f"{at(fd)}/{name}"
+    missing = f"{at(open_inside(above, why, 'dir', root))}/{name}"
     link = attempt(os.readlink, missing)  # one that leads to what is missing
-    if link is None and create == "file":
-        create_file(missing, "", place)
-    elif link is None:
-        call("mkdir", missing, 0o1777 if create == "shared" else 0o755, why=place)
-    os.close(fd)
+    if not link:
+        if create == "file":
+            call("mknod", missing, stat.S_IFREG | 0o644, 0, why=place)
+        else:
+            call("mkdir", missing, 0o1777 if create == "shared" else 0o755, why=place)
     return open_inside(os.path.join(above, link or name), why, create, root)
-
-
-def create_file(path, text, why="a file of the container's own"):
-    """Create a file, which is not there yet."""
-    fd = call("open", path, "O_WRONLY|O_CREAT|O_EXCL|O_CLOEXEC", 0o644, why=why)
-    if text:
-        call("write", fd, os.fsencode(text), why=why)
-    os.close(fd)
 
 
 def exists(path):
     """Tell whether `path` exists. os.path.exists() says no to every error: a path to hide would stay."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+    return bool(tolerate("ENOENT ENOTDIR", os.stat, path))
 
 
 def read_mountinfo():
     """Yield (id, device, root, mount point, type, its options) of each mount. See proc_pid_mountinfo(5)."""
     for line in read_file("/proc/self/mountinfo", "read the table of mounts").rstrip("\n").split("\n"):
         number, _, device, *paths = line.split(" ")
-        # \040 is a space; splitlines() would also split at what a name may have
         root, point = (os.fsdecode(os.fsencode(path).decode("unicode_escape").encode("latin-1"))
-                       for path in paths[:2])
+                       for path in paths[:2])  # \040 is a space
         fstype, _, words = paths[paths.index("-") + 1 :][:3]
         yield number, device, root, point, fstype, words
 
