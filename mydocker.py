@@ -1246,9 +1246,12 @@ class Rootfs:
             target = open_inside(path, why, "", self.top)
             # no overlay: of a file, of a filesystem that it does not take, such as FAT, with too long a name
             if tolerate("EINVAL ENOTDIR ENAMETOOLONG", self.mount_overlay, [lower], path, at(target)):
-                self.overlays.append(open_inside(path, why, "", self.top))
+                if self.options.read_only:
+                    self.overlays.append(open_inside(path, why, "", self.top))
             else:
                 attach(clone_tree(at(lower), why, "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV", "0"), target, why)
+            for fd in (lower, target):  # there may be more mounts than descriptors
+                os.close(fd)
         except OSError as error:
             # its file or its place was deleted, it is a user's, its server is dead
             if errno.errorcode.get(error.errno) not in f"{COVERED} EACCES ENOTCONN ESTALE EIO EINVAL".split():
