@@ -508,20 +508,16 @@ LIMITS = """
 NOT_SET = """--memory=0 --memory=0m --memory=0g --memory-swap=0 --memory-swappiness=-1 --cpu-shares=0 --cpus=0
     --cpus=0.0 --cpus=0.00 --pids-limit=0 --user= --cpuset-cpus= --cpuset-mems= --name= --hostname=""".split()
 # What docker run has and this has not: what to do instead
-INSTEAD = dict(row.split("  ") for row in """\
+INSTEAD = {name: remedy for row in """\
 init  it is no command of its own, it is what run() forks
--d  it stays in the foreground: & or systemd-run puts it into the background
---detach  it stays in the foreground: & or systemd-run puts it into the background
--p  there is no network to publish a port from: --network host has the host's ports
---publish  there is no network to publish a port from: --network host has the host's ports
--P  there is no network to publish a port from: --network host has the host's ports
---publish-all  there is no network to publish a port from: --network host has the host's ports
+-d --detach  it stays in the foreground: & or systemd-run puts it into the background
+-p --publish -P --publish-all  there is no network to publish a port from: --network host has the host's ports
 --mount  -v SRC:DST[:ro] binds, --tmpfs DST makes one in memory
 --entrypoint  there are no images, so no entrypoint: the command line is what runs
 --init  the command is PID 1: give it an init of the rootfs to run it, such as tini or dumb-init
 --restart  a supervisor does that: systemd-run -p Restart=always
---platform  there are no images to choose from: --rootfs names a directory
---pull  there are no images: --rootfs names a directory""".split("\n"))
+--platform --pull  there are no images to choose from: --rootfs names a directory""".split("\n")
+           for names, remedy in [row.split("  ")] for name in names.split()}
 SEE_HELP = "mydocker.py run --help lists the options"
 USAGE = "mydocker.py run [OPTIONS] COMMAND [ARG...]"
 
@@ -542,7 +538,6 @@ class Option:
     def __init__(self, row):
         names, self.metavar, self.text = map(str.strip, row.split(" | "))
         self.names = names.split()
-        self.kind, self.repeat, _ = self.metavar.partition("...")
         self.long = max(self.names, key=len)
         self.dest = self.long[2:].replace("-", "_")
 
@@ -560,20 +555,17 @@ class Options:
 
     def __init__(self):
         for option in TABLE:
-            setattr(self, option.dest, [] if option.repeat else DEFAULTS.get(option.dest))
+            setattr(self, option.dest, [] if "..." in option.metavar else DEFAULTS.get(option.dest))
         self.asked = set()  # the options that came with a value, as opposed to defaults
-        self.id = os.urandom(6).hex()
+        self.name = self.hostname = os.urandom(6).hex()  # the container's id
         # root of a user namespace is its maker; the map of the first one is the whole range, or missing
         self.rootless = os.geteuid() != 0 or exists("/proc/self/uid_map") and (
             "4294967295" not in read_file("/proc/self/uid_map", "is root here the machine's"))
         self.cwd = attempt(os.getcwd) or ""  # the caller's directory; "" when it has been deleted
 
 
-# parse_ functions turn the text of a value into the value, or raise ValueError: store() says what it takes
-
-
 def check(good):
-    """Refuse a value that is not good."""
+    """Refuse a value that is not good: parse() turns the ValueError of these functions into what it takes."""
     if not good:
         raise ValueError
 
@@ -683,9 +675,8 @@ def parse_name(text, longest=200):
 
 def parse_cgroup(text):
     """Return the path of a cgroup from the top of its hierarchy, with no way back up in it."""
-    path = "/" + text.strip("/")
-    check(parse_inside(path) == path != "/")
-    return path
+    check(text.strip("/") and ".." not in text.split("/"))
+    return "/" + text.strip("/")
 
 
 def parse_capability(text):
@@ -695,19 +686,15 @@ def parse_capability(text):
     return name
 
 
-def parse_switch(text):
-    """Return what --tty=false and its like mean, in the words of Go's ParseBool."""
-    return "0 f false 1 t true".split().index(text.lower()) > 2
-
-
 PARSERS: "dict" = {
-    "": parse_switch, "SIZE": parse_size, "SWAP": lambda text: -1 if text == "-1" else parse_size(text),
-    "CPUS": lambda text: parse_number(text, 0.01, os.cpu_count()), "PATH": parse_inside,
-    "SECONDS": lambda text: parse_number(text, 0.0, math.inf), "NAME=SOFT[:HARD]": parse_ulimit,
-    "LIST": lambda text: parse_list(text) and text, "SRC:DST[:ro]": parse_volume, "SRC[:DST]": parse_device,
-    "DST[:OPTIONS]": parse_tmpfs, "K[=V]": parse_env, "ENV_FILE": parse_env_file, "NAME": parse_name,
-    "HOST": lambda text: parse_name(text, 64), "NAME:IP": parse_host, "CAP": parse_capability,
-    "CGROUP": parse_cgroup, "WORD": parse_security,
+    "": lambda text: "0 f false 1 t true".split().index(text.lower()) > 2,  # --tty=false, by Go's ParseBool
+    "SIZE": parse_size, "SWAP": lambda text: -1 if text == "-1" else parse_size(text),
+    "CPUS": lambda text: parse_number(text, 0.01, os.cpu_count()), "CAP...": parse_capability,
+    "SECONDS": lambda text: parse_number(text, 0.0, math.inf), "NAME=SOFT[:HARD]...": parse_ulimit,
+    "LIST": lambda text: parse_list(text) and text, "SRC:DST[:ro]...": parse_volume, "PATH": parse_inside,
+    "DST[:OPTIONS]...": parse_tmpfs, "SRC[:DST]...": parse_device, "K[=V]...": parse_env,
+    "ENV_FILE...": parse_env_file, "NAME": parse_name, "HOST": lambda text: parse_name(text, 64),
+    "NAME:IP...": parse_host, "WORD...": parse_security, "CGROUP": parse_cgroup,
 }
 
 
@@ -728,33 +715,28 @@ def parse(words, options):
         option = BY_NAME.get(name)
         if not option:
             raise Failure(f"run: there is no option {name}", INSTEAD.get(name, SEE_HELP))
-        if option.metavar:
+        kind = option.metavar
+        if kind:
             value = value if value or equals or not words else words.pop(0)
         elif not equals:
             if value:
                 words.insert(0, "-" + value)
             value = "true"
-        store(options, option, name, value)
+        if f"{option.long}={value}" in NOT_SET:
+            continue
+        try:
+            if kind[-1:].isdigit():
+                parsed = parse_number(value, *map(int, kind.split("..")))
+            else:
+                check(value and ("|" not in kind or value in kind.split("|")))
+                parsed = PARSERS.get(kind, str)(value)
+        except ValueError:
+            raise Failure(f"run: {name} {value!r}: it takes {kind or 'true or false'}: {option.text}")
+        setattr(options, option.dest, getattr(options, option.dest) + [parsed] if "..." in kind else parsed)
+        options.asked.add(option.long)
     if not words:
         raise Failure("run: no command given", SEE_HELP)
     return words
-
-
-def store(options, option, name, value):
-    """Store the value of one option; `name` is how it was called."""
-    if f"{option.long}={value}" in NOT_SET:
-        return
-    kind = option.kind
-    try:
-        if ".." in kind:
-            parsed = parse_number(value, *map(int, kind.split("..")))
-        else:
-            check(value and ("|" not in kind or value in kind.split("|")))
-            parsed = PARSERS.get(kind, str)(value)
-    except ValueError:
-        raise Failure(f"run: {name} {value!r}: it takes {option.metavar or 'true or false'}: {option.text}")
-    setattr(options, option.dest, getattr(options, option.dest) + [parsed] if option.repeat else parsed)
-    options.asked.add(option.long)
 
 
 def prepare(options):
@@ -773,16 +755,16 @@ def prepare(options):
     if options.upperdir and is_below(os.path.realpath(f"{options.upperdir}/layer"),
                                      tuple(map(os.path.realpath, options.rootfs))):
         raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
-    for path in [f"{top}/." for top in options.rootfs] + [row[1] for row in options.volume + options.device]:
+    rows = options.volume + options.device
+    for path in [f"{top}/." for top in options.rootfs] + [row[1] for row in rows]:
         os.stat(path)  # raises where it is not there, or no directory
-    targets = [row[0] for row in options.volume + options.device + options.tmpfs]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise Failure(f"two mounts are to go on {target}")
+    targets = [row[0] for row in rows + options.tmpfs]
+    if len(targets) > len(set(targets)):
+        raise Failure(f"two mounts are to go on {max(targets, key=targets.count)}")
     if options.rootless and not options.rootfs and options.asked & {"--upperdir", "--add-host"}:
         raise Failure("--upperdir, --add-host: without root the host's view is read-only", "--rootfs or sudo")
-    options.hostname = options.hostname or (
-        os.uname().nodename if options.network == "host" else options.id)
+    if options.network == "host" and "--hostname" not in options.asked:
+        options.hostname = os.uname().nodename
 
 
 # ---- Cgroups, what it may use: make_cgroups, Cgroup ----------------------------------------------
@@ -802,34 +784,36 @@ def make_cgroups(options, undo):
     a hybrid host has some of each. See cgroups(7).
     """
     found, nowhere = find_cgroups(), Cgroup("", "", "")
-    joined, wanted = [], {}
+    joined, lost = [], {}  # lost: the limits that are not set yet, and whose they are
     for row in LIMITS.strip().split("\n"):
         name, controller, *files = row.split()
         cgroup = found.get(controller, found.get("", nowhere))
         value = limit_value(name, cgroup.version, options)
         if value is not None:
             cgroup.limits[name] = controller, files[cgroup.version - 1], str(value)
-            wanted[name] = cgroup
+            lost[name] = cgroup
     for cgroup in dict.fromkeys(found.values()):
         if cgroup.version == 2 and not cgroup.limits and len(found) > 1:
             continue  # beside v1 it is systemd's; alone it is made always: the container sees one of its own
         cgroup.is_asked = not options.asked.isdisjoint(cgroup.limits)
         try:
             cgroup.make(options, undo)
-            joined.append(cgroup)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             cgroup.problem = f"no cgroup here is ours to use: {error.strerror}", OWN_CGROUP
-    lost = {name: cgroup.problem for name, cgroup in wanted.items()
-            if cgroup not in joined or name not in cgroup.limits}
-    if not joined:
-        lost["--cgroup-parent"] = f"no cgroup can be made below {options.cgroup_parent}", OWN_CGROUP
+            continue
+        joined.append(cgroup)
+        for name in cgroup.limits:
+            del lost[name]
+    if options.cgroup_parent and not joined:
+        raise Failure(f"--cgroup-parent: no cgroup can be made below {options.cgroup_parent}", OWN_CGROUP)
     if options.rootless and lost.pop("--pids-limit", None):
         # in a user namespace the kernel counts its processes alone, and no others of this user
         options.process_limit = struct.pack("2Q", options.pids_limit, options.pids_limit)
-    for name, (why, hint) in lost.items():  # what was asked for ends the run, what was not does not
-        if name in options.asked:
+    for name in lost:
+        if name in options.asked:  # what was not asked for does not end the run
+            why, hint = lost[name].problem
             raise Failure(f"{name}: {why}", hint)
     return joined
 
@@ -837,10 +821,9 @@ def make_cgroups(options, undo):
 def find_cgroups():
     """Return the hierarchies that we use: of each v1 controller, and that of v2 under "".
 
-    All of v1's, or a JVM ignores the limit that is there. The usual mount points are tried first: mountinfo
-    takes 9 ms to read where 5000 filesystems are mounted.
+    All of v1's, or a JVM ignores the limit that is there.
     """
-    found: "dict[str, Cgroup]" = {}
+    found = {}
     for line in read_file("/proc/self/cgroup", "find the cgroups we are in").split("\n")[:-1]:
         _, controllers, path = line.split(":", 2)
         names = {"", "memory", "cpu", "cpuacct", "cpuset", "pids"}.intersection(controllers.split(","))
@@ -859,7 +842,7 @@ def find_cgroup_mounts(controllers):
     for name in [controllers] if controllers else ["", "unified"]:
         yield f"/sys/fs/cgroup/{name}".rstrip("/"), ""
     kind = "cgroup" if controllers else "cgroup2"
-    for _, _, root, point, fstype, words in read_mountinfo():
+    for _, _, root, point, fstype, words in read_mountinfo():  # last: 9 ms, where 5000 are mounted
         if fstype == kind and {"", *controllers.split(",")} <= {"", *words.split(",")}:
             yield point, root.rstrip("/")
 
@@ -869,29 +852,27 @@ def limit_value(name, version, options):
     value = getattr(options, BY_NAME[name].dest)
     if value in (None, -1):  # a new cgroup has no limit
         return None
+    if version == 2:
+        if name == "--memory-swap":  # v2's is for swap alone
+            value -= options.memory
+        elif name == "--memory-swappiness" and value:
+            raise Failure("--memory-swappiness: cgroup v2 has none; 0 is possible: no swap")
+        elif name == "--cpu-shares":  # not the kernel's; the curve of runc 1.3.2, crun 1.23
+            log2 = math.log2(value)
+            value = math.ceil(10 ** ((log2 * log2 + 125 * log2) / 612 - 7 / 34))
     if name == "--cpus":
-        quota = round(value * CPU_PERIOD)
-        return quota if version == 1 else f"{quota} {CPU_PERIOD}"
-    if name == "--memory-swap" and version == 2:  # v2's is for swap alone
-        value -= options.memory
+        value = round(value * CPU_PERIOD)
+        return value if version == 1 else f"{value} {CPU_PERIOD}"
     if name in ("--memory", "--memory-swap"):  # it is counted in whole pages
-        return value - value % os.sysconf("SC_PAGE_SIZE")
-    if version == 1:
-        return value
-    if name == "--memory-swappiness" and value:
-        raise Failure("--memory-swappiness: cgroup v2 has none; 0 is possible: no swap")
-    if name == "--cpu-shares":  # the kernel has no conversion; the curve is that of runc (1.3.2), crun (1.23)
-        log2 = math.log2(value)
-        return math.ceil(10 ** ((log2 * log2 + 125 * log2) / 612 - 7 / 34))
+        value -= value % os.sysconf("SC_PAGE_SIZE")
     return value
 
 
 class Cgroup:
     """The container's cgroup in one hierarchy: PARENT/mydocker-NAME. Its methods run outside.
 
-    It belongs to whoever holds a lock on its directory; run() holds it to the end. One without a lock is what
-    a killed run() left: by that, and not by a pid, runs of different pid namespaces know each other's.
-
+    It belongs to whoever holds a lock on its directory: run(), to the end. One without a lock is what a
+    killed run() left: by that, and not by a pid, runs of different pid namespaces know each other's.
     On v2 the processes are one level below, in mydocker-NAME/container: systemd rewrites its own
     cgroup.subtree_control at every daemon-reload, and controllers that are handed down no further, and with
     them the limits, would vanish without a word ("top-down constraint" in cgroup-v2.rst).
@@ -904,18 +885,17 @@ class Cgroup:
     def __init__(self, controllers, top, own):
         self.version = 1 if controllers else 2
         self.controllers, self.top, self.own = controllers, top, own  # own: where we are in it
-        self.limits: "dict[str, tuple[str, str, str]]" = {}  # option: controller, file, value
-        self.joins: "list[tuple[int, bytes]]" = []  # what init is to write, and the file to write it to
+        self.limits, self.joins = {}, []  # option: (controller, file, value); (descriptor, what to write)
 
     def make(self, options, undo):
         """Make the cgroup, write every limit, read it back, open the files to join by."""
         parent = self.find_parent(options)
         if self.version == 2 and parent == self.own != self.top:
-            self.leaf = f"{self.own}/mydocker-run-{options.id}"
+            self.leaf = f"{self.own}/mydocker-run-{options.name}"
             call("mkdir", self.leaf, 0o755, why="a leaf for run(): what hands down must have no processes")
             undo.append(self.leave_leaf)
             write_file(f"{self.leaf}/cgroup.procs", "0", "move there")
-        directory = f"{parent}/mydocker-{options.name or options.id}"
+        directory = f"{parent}/mydocker-{options.name}"
         sweep(directory)
         try:
             claim(directory)
@@ -925,29 +905,23 @@ class Cgroup:
         undo.append(self.end)
         if self.version == 1:
             if "cpuset" in self.controllers.split(","):
-                inherit_cpuset(f"{directory}/cpuset.cpus")
-                inherit_cpuset(f"{directory}/cpuset.mems")
+                inherit_cpuset(directory, "cpuset.cpus")
+                inherit_cpuset(directory, "cpuset.mems")
             self.set_limits(directory)
-            # by "tasks": a thread that moves only itself is spared the wait that hurry_join() tells of
-            self.open_join(f"{directory}/tasks", "0")
-            return
-        self.hand_down(parent if options.privileged else directory)
-        inner = f"{directory}/container"
-        call("mkdir", inner, 0o755, why="on v2 the processes are below the one with the limits")
-        self.set_limits(directory)
-        if options.privileged:  # the upper one is to be the root of its namespace, to divide further
-            self.open_join(f"{directory}/cgroup.procs", "0")
+            joins = ["tasks 0"]  # there who moves only a thread, itself, is spared the wait of hurry_join()
         else:
-            self.set_limits(inner)  # once more, where programs look for them
-        self.open_join(f"{inner}/cgroup.procs", "0")
-        if options.privileged:
-            for controller in sorted({row[0] for row in self.limits.values()}):
-                self.open_join(f"{directory}/cgroup.subtree_control", f"+{controller}")
-
-    def open_join(self, path, text):
-        """Open a file for init to write `text` to."""
-        fd = call("open", path, "O_WRONLY|O_CLOEXEC", why="init will join the cgroup by it: it sees no path")
-        self.joins.append((fd, text.encode()))
+            self.hand_down(parent if options.privileged else directory)
+            call("mkdir", f"{directory}/container", 0o755, why="on v2 the processes are below the limits")
+            self.set_limits(directory)
+            joins = ["container/cgroup.procs 0"]
+            if options.privileged:  # the upper one is to be the root of its namespace, to divide further
+                divide = {f"cgroup.subtree_control +{row[0]}" for row in self.limits.values()}
+                joins = ["cgroup.procs 0", *joins, *sorted(divide)]
+            else:
+                self.set_limits(f"{directory}/container")  # once more, where programs look for them
+        for file, text in map(str.split, joins):
+            fd = call("open", f"{directory}/{file}", "O_WRONLY|O_CLOEXEC", why="for init: it sees no path")
+            self.joins.append((fd, text.encode()))
 
     def find_parent(self, options):
         """Return the cgroup below which ours goes."""
@@ -956,9 +930,9 @@ class Cgroup:
             if not os.path.isdir(parent):
                 raise PermissionError(errno.EACCES, f"there is no {parent}: mkdir makes a cgroup")
             return parent
-        if self.version == 1:
-            return self.own
         level = self.own
+        if self.version == 1:
+            return level
         while level != self.top and not is_delegated(level):
             level = os.path.dirname(level)
         if level != self.top:
@@ -970,23 +944,20 @@ class Cgroup:
         return self.top
 
     def hand_down(self, level):
-        """Make the controllers reach what is below `level`: v2 hands them down from each level to the next.
-
-        What counts is what has come down in the end: set_limits() sees that.
-        """
+        """Make the controllers reach what is below `level`: v2 hands down from each level to the next."""
         if level != self.top:
             self.hand_down(os.path.dirname(level))
         handed = read_file(f"{level}/cgroup.subtree_control", "what is handed down").split()
-        for name in sorted({row[0] for row in self.limits.values()}.difference(handed)):
+        for controller in sorted({row[0] for row in self.limits.values()}.difference(handed)):
             try:
                 # some could be handed down, but that would make the cgroup "threaded" for those processes.
                 # The root of a cgroup namespace may have some, too; the true root, which may, has no type
                 if os.path.exists(f"{level}/cgroup.type") and read_file(f"{level}/cgroup.procs", "who is in"):
                     raise OSError(errno.EBUSY, f"{level} has processes, so it can hand nothing down")
-                write_file(f"{level}/cgroup.subtree_control", f"+{name}", "hand the controller down")
+                write_file(f"{level}/cgroup.subtree_control", f"+{controller}", "hand the controller down")
             except FileNotFoundError:  # it has not come down to here
                 pass
-            except OSError as error:
+            except OSError as error:  # set_limits() sees what has come down in the end
                 self.problem = error.strerror, OWN_CGROUP
 
     def set_limits(self, directory):
@@ -1007,9 +978,9 @@ class Cgroup:
     def hurry_join(self):
         """On v2 wait for the kernel's cgroup lock now, while init makes its mounts.
 
-        The first write to any cgroup.procs waits 5 to 20 ms for an RCU grace period, until every CPU has
-        let go of what it was reading; one soon after does not. So run() writes itself into the cgroup that
-        it is in, which changes nothing, and init's own write goes through at once.
+        The first write to any cgroup.procs waits 5 to 20 ms for an RCU grace period, until every CPU has let
+        go of what it was reading; one soon after does not. So run() writes itself into the cgroup that it is
+        in, which changes nothing.
         """
         if self.version == 2:
             path = f"{self.leaf or self.own}/cgroup.procs"  # where it is not ours, init will wait
@@ -1027,16 +998,17 @@ class Cgroup:
             if self.version == 2 and not self.count(events, "oom"):
                 where = "limit of a cgroup above"  # of a service, or a job
             log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the "
-                        f"{where}; files in the writable layer and /dev/shm count, too: "
-                        "--upperdir and -v keep them on disk")
+                        f"{where}; files in the writable layer and /dev/shm count, too: --upperdir and -v "
+                        "keep them on disk")
         remove_cgroup(self.directory)
 
     def count(self, file, event):
         """Return how often it has happened. Older kernels count where the process is, newer at the limit."""
-        words = ["0"]
+        most = 0
         for place in self.directory, f"{self.directory}/container":
-            words += (attempt(read_file, f"{place}/{file}", "what happened") or "").split()
-        return max([int(number) for word, number in zip(words, words[1:]) if word == event], default=0)
+            text = attempt(read_file, f"{place}/{file}", "what happened") or ""
+            most = max(most, int(dict(map(str.split, text.splitlines())).get(event, 0)))
+        return most
 
     def leave_leaf(self):
         """Go back to where we were: a cgroup that hands something down takes no process."""
@@ -1074,8 +1046,7 @@ def sweep(directory):
     """Remove what killed runs have left: one of this name, and a few others, lest a crowd slow the start."""
     parent, own = os.path.split(directory)
     found = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
-    begin = os.getpid() % (len(found) or 1)  # elsewhere in each run, so that all get their turn
-    for entry in [own, *(found + found)[begin : begin + 4]]:
+    for entry in [own, *sorted(found, key=hash)[:4]]:  # by hash: others in each run, so all get their turn
         fd = attempt(lock_cgroup, f"{parent}/{entry}", "LOCK_EX|LOCK_NB")
         if fd:
             attempt(remove_cgroup, f"{parent}/{entry}")  # a busy one stays
@@ -1090,10 +1061,9 @@ def remove_cgroup(directory):
 
 
 def is_delegated(cgroup):
-    """Tell whether a v2 cgroup was handed over to be divided.
+    """Tell whether a v2 cgroup was handed over to be divided: systemd gives a user what belongs to that user.
 
-    systemd marks what it gave away by Delegate=yes, and what it gave to a user belongs to that user. To root
-    everything is writable, which proves nothing.
+    For root, to whom everything is writable, it marks what it gave away by Delegate=yes.
     """
     if os.geteuid():
         return os.access(f"{cgroup}/cgroup.subtree_control", os.W_OK)
@@ -1101,13 +1071,12 @@ def is_delegated(cgroup):
     return os.stat(cgroup).st_uid == 0 and not marks.isdisjoint(os.listxattr(cgroup))
 
 
-def inherit_cpuset(path):
+def inherit_cpuset(directory, file):
     """Return what is in a file of a v1 cpuset, filled from the one above: an empty cpuset lets nobody in."""
-    text = read_file(path, "is it filled").strip()
+    text = read_file(f"{directory}/{file}", "is it filled").strip()
     if not text:  # a --cgroup-parent may be empty, too
-        above, file = os.path.split(path)
-        text = inherit_cpuset(f"{os.path.dirname(above)}/{file}")
-        write_file(path, text, "v1 leaves it empty")
+        text = inherit_cpuset(os.path.dirname(directory), file)
+        write_file(f"{directory}/{file}", text, "v1 leaves it empty")
     return text
 
 
