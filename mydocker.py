@@ -891,7 +891,7 @@ class Cgroup:
         """Make the cgroup, write every limit, read it back, open the files to join by."""
         parent = self.find_parent(options)
         if self.version == 2 and parent == self.own != self.top:
-            self.leaf = f"{self.own}/mydocker-run-{options.name}"
+            self.leaf = f"{self.own}/mydocker-run-{os.urandom(6).hex()}"
             call("mkdir", self.leaf, 0o755, why="a leaf for run(): what hands down must have no processes")
             undo.append(self.leave_leaf)
             write_file(f"{self.leaf}/cgroup.procs", "0", "move there")
