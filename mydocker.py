@@ -366,6 +366,7 @@ join the cgroup  EINVAL  a real-time caller has no budget in a new cgroup: chrt 
 in the rootfs  ELOOP  a symlink in its place is refused: it could lead out of the rootfs
 in the container  EACCES  a directory of the rootfs is another user's: build it as this one, or use sudo
 move_mount  EINVAL  a file goes on a file, a directory on a directory
+LOCK_NB  EAGAIN  in use: another container is using it
 (  ENOSYS  mydocker needs Linux 5.12 or newer
 """
 
@@ -1814,7 +1815,7 @@ def relay_terminals(options):
     """
     stdio: "dict[int, int]" = {}
     ours = {}
-    for fd in (0, 1, 2):
+    for fd in range(3):
         if not options.tty and os.isatty(fd) and (fd or options.interactive):
             ends = call("pipe2", "O_CLOEXEC", why="in place of a terminal of the caller's")
             stdio[fd], ours[fd] = reversed(ends) if fd else ends
@@ -1823,21 +1824,19 @@ def relay_terminals(options):
 
 
 class Terminal:
-    """The outside end of the container's terminal.
+    """The outside end of the container's terminal, a pty: what is written to its master is read as if typed.
 
-    A pty is a pair: what is written to one end, the master, the other reads as if typed. It is made in the
-    container's own devpts, so that it has a name there; only its master is here. See pty(7), ioctl_tty(2).
+    It is made in the container's own devpts, so that it has a name there. See pty(7), ioctl_tty(2).
     """
 
     def __init__(self, pid):
         # by the root of the new process: no code of the container runs yet
-        path, flags = f"/proc/{pid}/root/dev/pts/ptmx", "O_RDWR|O_NOCTTY|O_CLOEXEC"
-        self.master = call("open", path, f"{flags}|O_NONBLOCK", why="the master of a new pty, in its devpts")
+        flags, why = "O_RDWR|O_NOCTTY|O_NONBLOCK|O_CLOEXEC", "the master of a new pty, in its devpts"
+        self.master = call("open", f"/proc/{pid}/root/dev/pts/ptmx", flags, why=why)
         call("ioctl", self.master, "TIOCSPTLCK", bytes(4), why="unlock its other end, pts/0")
         why = "held, as the container may close its terminal and open it again"
         self.peer = call("ioctl", self.master, "TIOCGPTPEER", value_of(flags), why=why)
-        self.saved: "list" = []
-        self.pause = 0.02  # seconds until the end of the input is typed again
+        self.saved, self.pause = None, 0.02  # seconds until the end of the input is typed again
         self.resize()
         if not os.isatty(0):
             log.warning("stdin is not a terminal: -t gives the command one all the same")
@@ -1851,15 +1850,15 @@ class Terminal:
             call("tcsetattr", 0, "TCSANOW", raw, why="the caller's terminal passes on every key")
 
     def type_end(self):
-        """Type ^D, the end of the input, once all before it is read; return when to come again.
+        """Type ^D, the end of the input, once all before it is read; return the seconds until the next try.
 
-        Not earlier: a line editor that changes the terminal's mode would lose it. And again, at longer and
-        longer intervals, because just then it may: the end of a file is there when it is read twice, too.
+        Earlier, a line editor that changes the terminal's mode would lose it; just then it may, too: hence
+        again, at longer and longer intervals. The end of a file is there when it is read twice, after all.
         """
         if not any(call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read it all")):
             attempt(os.write, self.master, b"\x04")
             self.pause = min(2 * self.pause, 5)
-        return time.monotonic() + self.pause
+        return self.pause
 
     def resize(self):
         """Give the container's terminal the size of the caller's; the kernel sends SIGWINCH inside."""
@@ -1905,34 +1904,36 @@ def watch_signals():
 
 
 class Container:
-    """The container as seen from outside, while it runs. One loop waits for everything at once.
+    """The container as seen from outside, while it runs: supervise() is the loop that waits for everything.
 
-    What there is to do is a task each: a generator that yields what it waits for, (descriptor, event of
-    poll(2)), and goes on when that has come.
+    What has to wait in its midst is a task, written as a generator: start() sends the command off, a relay()
+    carries what comes from one descriptor to another. A task runs until it has to wait, and yields for what:
+    (descriptor, event of poll(2)). wait() waits for all of them, and for signals, at once; for whom it has
+    come, resume() lets run on to the next yield. self.tasks are those that wait; one that returns is done.
     """
 
     def __init__(self, options, pid, signal_fd):
         self.options, self.pid, self.signal_fd = options, pid, signal_fd
-        self.tasks: "dict" = {}  # "start", or which descriptor of the caller's is relayed: (task, fd, event)
-        self.wstatus = self.keys = None
-        self.terminal: "Terminal | None" = None
+        self.tasks: "dict" = {}  # by "start", or the caller's descriptor: (task, descriptor, event)
+        self.wstatus = self.terminal = self.keys = None  # keys: the task of descriptor 0 with -ti
         self.deadline = self.next_end = math.inf  # when to kill, when to type the end of the input
         self.stopped_by = ""
-        # The kernel is to stop init at its execve, before the new program's first instruction: see reap().
-        # Where that is refused (we are traced ourselves, yama), start() looks as soon as it can
+        # At its execve init is to stop before the new program's first instruction, and reap() looks what it
+        # is. Where the kernel refuses that (we are traced ourselves, yama), start() looks as soon as it can
         why = "to see what it becomes before that can do anything"
-        self.held = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC", why=why) == 0
+        self.is_traced = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC", why=why) == 0
 
     def supervise(self, argv, command_fd, ready_fd, ours):
         """Relay signals and terminals until the command has ended; return its wait status."""
-        self.go_on("start", self.start(argv, command_fd, ready_fd))
+        self.resume("start", self.start(argv, command_fd, ready_fd))
         for number, fd in ours.items():
-            self.go_on(number, self.relay(number, fd))
+            self.resume(number, self.relay(number, fd))
         while self.wstatus is None:
-            if time.monotonic() >= self.deadline:
+            now = time.monotonic()
+            if now >= self.deadline:
                 self.kill(f"{self.stopped_by} did not end it within {self.options.stop_timeout:g} s: killed")
-            if time.monotonic() >= self.next_end:
-                self.next_end = self.terminal.type_end()
+            if now >= self.next_end:
+                self.next_end = now + self.terminal.type_end()
             self.wait(min(self.deadline, self.next_end))
         self.tasks.pop(0, None)
         while self.tasks:  # what it wrote last: all of it, unless nobody reads it after a stop or a signal
@@ -1951,25 +1952,25 @@ class Container:
             self.take_signal(os.read(self.signal_fd, 128)[0])  # what struct signalfd_siginfo begins with
         for name, (task, fd, _) in list(self.tasks.items()):
             if fd in ready:
-                self.go_on(name, task)
+                self.resume(name, task)
         return bool(ready)
 
-    def go_on(self, name, task):
+    def resume(self, name, task):
         """Let a task run until it waits for something, or is done."""
+        self.tasks.pop(name, None)
         for wait in task:
             self.tasks[name] = task, *wait
-            return
-        self.tasks.pop(name, None)
+            break
 
     def start(self, argv, command_fd, ready_fd):
-        """Be the task that gets the command under way: send it, with -t when the terminal is there."""
+        """Be the task that sends the command to init, with -t when its terminal is there."""
         data = os.fsencode("\0".join([*argv, ""]))  # a NUL after each word: spaces and quotes survive
         try:
             if self.options.tty:
                 yield ready_fd, select.POLLIN
                 if os.read(ready_fd, 1):
                     self.terminal = Terminal(self.pid)
-                    self.go_on(1, self.relay(1, self.terminal.master))
+                    self.resume(1, self.relay(1, self.terminal.master))
             while data:
                 data = data[call("write", command_fd, data, why="send the command") :]
         except (FileNotFoundError, BrokenPipeError):
@@ -1978,17 +1979,14 @@ class Container:
         yield ready_fd, select.POLLIN  # by its EOF: init has become the command, or died
         self.reap()
         if self.wstatus is None:
-            if not self.held:
+            if not self.is_traced:
                 self.refuse_python()
             if self.terminal and self.options.interactive:
                 self.keys = self.relay(0, os.dup(self.terminal.master))
                 self.take_keys()
 
     def relay(self, number, ours):
-        """Be the task that relays between 0, 1 or 2 of the caller's and our end of the container's.
-
-        4 KiB at a time: a pty gives no more, and a pipe that polls writable takes as much.
-        """
+        """Be the task that carries what comes from the caller's 0 to the container, or from it to 1 or 2."""
         caller = open_unblocked(number)
         source, target = (ours, caller) if number else (caller, ours)
         held = b""
@@ -1997,9 +1995,7 @@ class Container:
             try:
                 if held:
                     held = held[os.write(target, held) :]
-                    continue
-                held = os.read(source, 4096)
-                if not held:
+                elif not (held := os.read(source, 4096)):  # as much as a pty gives, and a pipe takes, at once
                     break
             except BlockingIOError:
                 pass
@@ -2026,19 +2022,15 @@ class Container:
         if self.keys and is_foreground():
             self.terminal.set_raw()
             if 0 not in self.tasks:
-                self.go_on(0, self.keys)
+                self.resume(0, self.keys)
 
     def refuse_python(self):
         """Kill what became the host's Python past follow_interpreters(): an exchanged file, binfmt_misc."""
-        # None: it has ended already
-        if attempt(is_own_python, f"/proc/{self.pid}/exe"):
+        if attempt(is_own_python, f"/proc/{self.pid}/exe"):  # None: it has ended already
             self.kill("the command became the program that runs mydocker: killed")
 
     def take_signal(self, number):
-        """Act on a signal: pass it on; the first of STOPPING starts the timeout, then TERM or INT kills.
-
-        What is passed on before the execve is pending until then: init was forked with all of them blocked.
-        """
+        """Act on a signal: pass it on; the first of STOPPING starts the timeout, then TERM or INT kills."""
         name = SIGNALS.get(number, number)
         if name == "SIGCHLD":
             self.reap()
@@ -2055,7 +2047,7 @@ class Container:
         else:
             if name == "SIGCONT":
                 self.take_keys()
-            call("kill", self.pid, name, why="pass the signal on")
+            call("kill", self.pid, name, why="pass the signal on")  # init blocks it: pending until its execve
             if name in STOPPING and not self.stopped_by:
                 self.stopped_by, self.deadline = name, time.monotonic() + self.options.stop_timeout
 
@@ -2063,11 +2055,10 @@ class Container:
         """Take the wait status if the container has ended; let it go on where the tracing has stopped it."""
         while self.wstatus is None:
             pid, wstatus = call("waitpid", self.pid, flags, why="has the container ended")
-            if not pid:
-                return
             if not os.WIFSTOPPED(wstatus):
-                self.wstatus = wstatus
-                return
+                if pid:
+                    self.wstatus = wstatus
+                break
             event = wstatus >> 16  # PTRACE_EVENT_* of <linux/ptrace.h>
             if event == 4:  # _EXEC
                 self.refuse_python()
@@ -2096,51 +2087,38 @@ class Container:
 
 
 def enter_user_namespace():
-    """Become root of a user namespace, where root is the caller outside. See user_namespaces(7).
-
-    Before any other namespace: to make one takes CAP_SYS_ADMIN, which is had in this one only.
-    """
+    """Become root of a user namespace, where root is the caller outside. See user_namespaces(7)."""
     uid, gid = os.geteuid(), os.getegid()
-    call("unshare", "CLONE_NEWUSER", why="a user namespace: in it, its maker is root")
+    call("unshare", "CLONE_NEWUSER", why="in it we have CAP_SYS_ADMIN, to make the other namespaces")
     write_file("/proc/self/setgroups", "deny", "in the user namespace, before a gid_map")
     write_file("/proc/self/gid_map", f"0 {gid} 1", "in the user namespace group 0 is the caller's")
     write_file("/proc/self/uid_map", f"0 {uid} 1", "in the user namespace user 0 is the caller")
 
 
-def lock(fd, why):
-    """Lock a file until this process ends, however it ends. See flock(2)."""
-    try:
-        call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
-    except BlockingIOError:
-        raise Failure(f"{why}: in use: another container is using it") from None
-
-
 def lock_upperdir(options):
-    """Make what --upperdir needs and lock it: one container at a time."""
+    """Make what --upperdir needs and lock it until this process ends, however it ends. See flock(2)."""
     layer, why = f"{options.upperdir}/layer", f"--upperdir {options.upperdir}"
     call("makedirs", layer, 0o700, True, why=why)  # True: it may exist, or be made by another run just now
     fd = call("open", layer, "O_RDONLY|O_DIRECTORY|O_NOFOLLOW|O_CLOEXEC", why=why)
     status = os.fstat(fd)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise Failure(f"{why}: {layer} is open to others, who could use its setuid programs: refused")
-    lock(fd, why)
+    call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
     options.layer_lock = fd
 
 
 def write_pidfile(path, pid, undo):
-    """Write the host's pid of PID 1 to a file that is locked, and so ours, until its removal at the end.
-
-    All by a descriptor of its directory: what others make of the path meanwhile does not matter.
-    """
+    """Write the host's pid of PID 1 to a file that is locked, and so ours, until its removal at the end."""
     directory, name = os.path.split(path)
     why = f"--pidfile {path}"
+    # by a descriptor of its directory: what others make of the path meanwhile does not matter
     place = f"{at(open_path(directory or '.', why, 'O_DIRECTORY|'))}/{name}"
     fd = call("open", place, "O_RDWR|O_CREAT|O_NOFOLLOW|O_NONBLOCK|O_NOCTTY|O_CLOEXEC", 0o644, why=why)
     status = os.fstat(fd)
     if (not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1
             or os.read(fd, 32).strip(b"0123456789\n")):
         raise Failure(f"{why}: it exists, and is not an old pidfile of the caller's own: not replaced")
-    lock(fd, why)
+    call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
     undo.append(lambda: call("unlink", place, why="the --pidfile of a container that is gone"))
     call("ftruncate", fd, 0, why=why)
     call("pwrite", fd, b"%d\n" % pid, 0, why=why)
@@ -2153,16 +2131,14 @@ def print_help():
     """Describe the command line. argparse is imported here only: nothing else needs it."""
     import argparse
 
-    status = ("Exit status: the command's; 125 when mydocker failed, 126 when it cannot be executed, "
-              "127 when it is not found, 128+n when signal n killed it.")
     parser = argparse.ArgumentParser(
-        usage=f"{USAGE}, or mydocker.py --version", epilog=status, add_help=False,
+        usage=f"{USAGE}, or mydocker.py --version", conflict_handler="resolve",  # -h is --hostname
         description="Run COMMAND in a new container; the first word that is no option begins it.",
-    )
-    parser.add_argument("--help", action="help", help="show this")
+        epilog="Exit status: the command's; 125 when mydocker failed, 126 when it cannot be executed, "
+               "127 when it is not found, 128+n when signal n killed it.")
     for option in TABLE:
-        kind: "dict" = {"metavar": option.metavar} if option.metavar else {"action": "store_true"}
-        parser.add_argument(*option.names, help=option.text.replace("%", "%%"), **kind)
+        parser.add_argument(*option.names, help=option.text.replace("%", "%%"), metavar=option.metavar,
+                            action=argparse.Action, nargs=None if option.metavar else 0)
     print(parser.format_help(), end="", flush=True)  # by print_help, an error of stdout would be lost
 
 
@@ -2174,7 +2150,6 @@ def main_after_script(*_):
 
 
 if __name__ == "__main__":
-    # Left by an exception, because Python keeps the syntax tree of a script for as long as it runs:
-    # 4 MiB that every run() would hold while it waits.
+    # Left by an exception: for as long as a script runs Python keeps its syntax tree, 4 MiB
     sys.excepthook = main_after_script
     raise SystemError("this is no error: main_after_script() goes on")
