@@ -371,12 +371,13 @@ LOCK_NB  EAGAIN  in use: another container is using it
 """
 
 
-def attempt(step, *args, **keywords):
-    """Take a step that may fail: return its result, or None."""
+def attempt(step, *args, only="", **keywords):
+    """Take a step that may fail, `only` by these errors if they are named: return its result, or None."""
     try:
         return step(*args, **keywords)
-    except OSError:
-        return None
+    except OSError as error:
+        if only and errno.errorcode.get(error.errno) not in only.split():
+            raise
 
 
 def be_child(unwanted, step, *args):
@@ -394,11 +395,11 @@ def be_child(unwanted, step, *args):
         os._exit(status)  # a child that went on would clean up for the parent
 
 
-def mount(source, target, fstype, flags, data, why):
+def mount(fstype, target, flags, data, why):
     """Attach a new filesystem. See mount(2)."""
     if data and len(os.fsencode(data)) >= os.sysconf("SC_PAGE_SIZE"):  # the kernel would cut it off unsaid
         raise Failure(f"{why}: mount(2) takes no more than a page of options: too many, or too long")
-    call("mount", source, target, fstype, flags, data, why=why)
+    call("mount", fstype, target, fstype, flags, data, why=why)
 
 
 def at(fd):
@@ -565,17 +566,17 @@ class Options:
         self.cwd = attempt(os.getcwd) or ""  # the caller's directory; "" when it has been deleted
 
 
-def check(good):
-    """Refuse a value that is not good: parse() turns the ValueError of these functions into what it takes."""
+def check(good, value=None):
+    """Return a good value, refuse another: parse() makes of the ValueError a line that says what it takes."""
     if not good:
         raise ValueError
+    return value
 
 
 def parse_number(text, low, high):
     """Return a number of the type of `low`, in plain digits: int() and float() take more than that."""
     number = type(low)(text)
-    check(low <= number <= high and not text.strip("-.0123456789") and text[-1] != ".")
-    return number
+    return check(low <= number <= high and not text.strip("-.0123456789") and text[-1] != ".", number)
 
 
 def parse_size(text):
@@ -583,8 +584,7 @@ def parse_size(text):
     text = text.lower().replace("ib", "b").removesuffix("b")
     number = text.rstrip("kmgt")
     size = parse_number(number, 0.0, math.inf) * 1024 ** " k m g t".split(" ").index(text[len(number) :])
-    check(1 <= size < 1 << 63)
-    return int(size)
+    return int(check(1 <= size < 1 << 63, size))
 
 
 def parse_list(text):
@@ -602,14 +602,12 @@ def parse_ulimit(text):
     name, _, values = text.partition("=")
     soft, _, hard = values.partition(":")
     limits = [parse_number(part, -1, 1 << 62) % (1 << 64) for part in (soft, hard or soft)]
-    check(name in RESOURCES and limits == sorted(limits))
-    return name, struct.pack("2Q", *limits)
+    return check(name in RESOURCES and limits == sorted(limits), (name, struct.pack("2Q", *limits)))
 
 
 def parse_inside(text):
     """Return an absolute path in the container."""
-    check(text.startswith("/"))
-    return os.path.normpath("/" + text.lstrip("/"))
+    return check(text[:1] == "/", os.path.normpath("/" + text.lstrip("/")))
 
 
 def parse_volume(text):
@@ -618,8 +616,7 @@ def parse_volume(text):
     if not {"ro", "rw", "z", "Z"}.issuperset(mode.split(",")):  # z and Z are for SELinux: nothing to do
         rest, mode = text, ""
     source, _, target = rest.rpartition(":")
-    check(source)
-    return parse_inside(target), source, "MOUNT_ATTR_RDONLY" if "ro" in mode else ""
+    return parse_inside(target), check(source, source), "MOUNT_ATTR_RDONLY" if "ro" in mode else ""
 
 
 def parse_tmpfs(text):
@@ -634,57 +631,44 @@ def parse_tmpfs(text):
 def parse_device(text):
     """Return (target, source) of SRC[:DST[:rwm]]; other permissions would take a controller of their own."""
     source, _, target = text.removesuffix(":rwm").partition(":")
-    check(source and ":" not in target)
-    return parse_inside(target or source), source
+    return parse_inside(target or source), check(source and ":" not in target, source)
 
 
 def parse_env(text):
     """Return K=V or K; no variable has an empty name, or a NUL."""
-    check(text[:1] != "=" and "\0" not in text)
-    return text
+    return check(text[:1] != "=" and "\0" not in text, text)
 
 
 def parse_env_file(text):
     """Return the variables in a file, K=V or K, as docker reads it: nothing is quoted, # is a comment."""
     lines = read_file(text, f"--env-file {text}").replace("\r\n", "\n").split("\n")
     words = [parse_env(word) for word in map(str.lstrip, lines) if word and word[0] != "#"]
-    check(all(name.split() == [name] for name in (word.partition("=")[0] for word in words)))
-    return words
+    return check(all([name] == name.split() for name in (word.partition("=")[0] for word in words)), words)
 
 
 def parse_host(text):
     """Return a line of /etc/hosts of NAME:IP."""
     name, _, address = text.partition(":")
-    check(parse_name(name) and address and not address.strip("0123456789abcdefABCDEF.:"))
-    return f"{address}\t{name}"
+    return check(address and not address.strip("0123456789abcdefABCDEF.:"), f"{address}\t{parse_name(name)}")
 
 
 def parse_security(text):
     """Return a word of --security-opt, as far as it means something here; an older form has a colon."""
     text = text.replace(":", "=", 1)
-    check(text.startswith(("label=", "apparmor=")) or text in ("seccomp=unconfined", "no-new-privileges",
-          "no-new-privileges=true", "no-new-privileges=false"))
-    return text
+    return check(text.startswith(("label=", "apparmor=")) or text in (
+        "seccomp=unconfined no-new-privileges no-new-privileges=true no-new-privileges=false".split()), text)
 
 
 def parse_name(text, longest=200):
     """Return a name for the host or the cgroup: no slash, so it is no path; no newline, so no second line."""
-    check(text[:1].isalnum() and len(text) <= longest and not text.strip(
-          "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"))
-    return text
-
-
-def parse_cgroup(text):
-    """Return the path of a cgroup from the top of its hierarchy, with no way back up in it."""
-    check(text.strip("/") and ".." not in text.split("/"))
-    return "/" + text.strip("/")
+    return check(text[:1].isalnum() and len(text) <= longest and not text.strip(
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"), text)
 
 
 def parse_capability(text):
     """Return the name of a capability as in CAPABILITIES, or ALL."""
     name = text.upper().removeprefix("CAP_")
-    check(name in (*CAPABILITIES, "ALL"))
-    return name
+    return check(name in [*CAPABILITIES, "ALL"], name)
 
 
 PARSERS: "dict" = {
@@ -695,7 +679,9 @@ PARSERS: "dict" = {
     "LIST": lambda text: parse_list(text) and text, "SRC:DST[:ro]...": parse_volume, "PATH": parse_inside,
     "DST[:OPTIONS]...": parse_tmpfs, "SRC[:DST]...": parse_device, "K[=V]...": parse_env,
     "ENV_FILE...": parse_env_file, "NAME": parse_name, "HOST": lambda text: parse_name(text, 64),
-    "NAME:IP...": parse_host, "WORD...": parse_security, "CGROUP": parse_cgroup,
+    "NAME:IP...": parse_host, "WORD...": parse_security,
+    # from the top of its hierarchy, with no way back up in it
+    "CGROUP": lambda text: check(text.strip("/") and ".." not in text.split("/"), "/" + text.strip("/")),
 }
 
 
@@ -1182,7 +1168,7 @@ class Rootfs:
                     fstype in PSEUDO_FILESYSTEMS or is_below(device + root, run)):
                 why = f"cover the host's {point}"  # another proc, a bind of something in /run
                 # where root may not enter nobody inside gets to it, either
-                place = tolerate(f"{COVERED} EACCES", open_inside, point, why, "", self.top)
+                place = attempt(open_inside, point, why, "", self.top, only=f"{COVERED} EACCES")
                 if place:
                     hide(place, why)
 
@@ -1190,7 +1176,7 @@ class Rootfs:
         """Make the root-to-be of an overlay of the rootfs, or of one for each filesystem of the host."""
         options = self.options
         lowers = [open_path(path, "a layer of --rootfs") for path in options.rootfs[::-1] or ["/"]]
-        mount("tmpfs", "/", "tmpfs", "MS_NOSUID", "mode=700", "what is written: it goes with the container")
+        mount("tmpfs", "/", "MS_NOSUID", "mode=700", "what is written: it goes with the container")
         self.layer = self.memory = open_path("/..", "what was mounted over the root")
         if options.upperdir:
             self.layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
@@ -1208,20 +1194,20 @@ class Rootfs:
         """Show a filesystem of the host like its root, or read-only, or, where neither can be, not at all."""
         why = f"the host's {path}"
         try:
-            lower = tolerate(COVERED, open_inside, path, why, "", host)
+            lower = attempt(open_inside, path, why, "", host, only=COVERED)
             # another may be what is seen there, even the host's proc; a socket would be one of the host's
             if not lower or mount_id(at(lower)) != number or (
                     stat.S_IFMT(os.fstat(lower).st_mode) not in (stat.S_IFREG, stat.S_IFDIR)):
                 return
             target = open_inside(path, why, "", self.top)
             # no overlay: of a file, of a filesystem that it does not take, such as FAT, with too long a name
-            if tolerate("EINVAL ENOTDIR ENAMETOOLONG", self.mount_overlay, [lower], path, at(target)):
+            if attempt(self.mount_overlay, [lower], path, at(target), only="EINVAL ENOTDIR ENAMETOOLONG"):
                 if self.options.read_only:
                     self.overlays.append(open_inside(path, why, "", self.top))
+                os.close(target)
             else:
                 attach(clone_tree(at(lower), why, "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV", "0"), target, why)
-            for fd in (lower, target):  # there may be more mounts than descriptors
-                os.close(fd)
+            os.close(lower)  # there may be more mounts than descriptors
         except OSError as error:
             # its file or its place was deleted, it is a user's, its server is dead
             if errno.errorcode.get(error.errno) not in f"{COVERED} EACCES ENOTCONN ESTALE EIO EINVAL".split():
@@ -1241,7 +1227,7 @@ class Rootfs:
             self.fill_layer(layers)
         data = f"xino=on,lowerdir={':'.join(map(at, lowers))},upperdir={upper},workdir={work}"
         data += ",userxattr" * self.options.rootless  # it marks files by xattrs; trusted.* needs root outside
-        mount("overlay", target, "overlay", self.nodev, data, "a writable layer over what is never changed")
+        mount("overlay", target, self.nodev, data, "a writable layer over what is never changed")
         return True
 
     def fill_layer(self, layers):
@@ -1254,14 +1240,16 @@ class Rootfs:
         texts = {"hostname": options.hostname + "\n", "resolv.conf": "",
                  "hosts": f"127.0.0.1\tlocalhost {options.hostname}\n::1\tlocalhost\n"}
         for name, text in texts.items() if etc else ():
+            why = f"the container's own /etc/{name}"
             if options.network == "host":
                 text = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
             if name == "hosts":
                 text += "\n".join([*options.add_host, ""])
             attempt(os.unlink, f"{etc}/{name}")  # an earlier run's, with --upperdir
-            fd = tolerate("EEXIST", call, "open", f"{etc}/{name}", "O_WRONLY|O_CREAT|O_EXCL", 0o644, why=name)
+            fd = attempt(call, "open", f"{etc}/{name}", "O_WRONLY|O_CREAT|O_EXCL", 0o644, why=why, only="EEXIST")
             if fd:  # else it is a directory of the user's
-                call("write", fd, os.fsencode(text), why=name)
+                call("write", fd, os.fsencode(text), why=why)
+                os.close(fd)
         # in a directory whose owner does not exist in our user namespace, overlay lets nobody make anything
         rows = [*options.volume, *options.device, *options.tmpfs, (options.workdir or "/",)]
         for target, *_ in rows if options.rootless else ():
@@ -1299,7 +1287,7 @@ class Rootfs:
             if fstype == "sysfs" and options.rootless and options.network == "host":
                 attach(clone_tree(point, why, "MOUNT_ATTR_RDONLY"), place, why)
             else:
-                mount(fstype, at(place), fstype, flags, data.strip("-"), why)
+                mount(fstype, at(place), flags, data.strip("-"), why)
 
     def make_devices(self):
         """Fill /dev with what all have and --device asks for.
@@ -1314,7 +1302,7 @@ class Rootfs:
             if not self.options.rootless:
                 mode = status.st_mode | (0o666 if path in DEVICES else 0)
                 path = f"{at(self.memory)}/{path.replace('/', '%')}"
-                tolerate("EEXIST", call, "mknod", path, mode, status.st_rdev, why="a device node of its own")
+                attempt(call, "mknod", path, mode, status.st_rdev, why="a node of its own", only="EEXIST")
                 call("chown", path, status.st_uid, status.st_gid, why="as the host's")
             clone = clone_tree(path, why)
             if target in DEVICES:
@@ -1331,7 +1319,7 @@ class Rootfs:
             return
         alone = [cgroup.version for cgroup in self.cgroups] == [2]  # it is shown at the top itself
         if not alone:  # also where there is none: that hides the host's, which --network host shows
-            mount("tmpfs", top, "tmpfs", INERT, "mode=755,size=64k", "a place for each hierarchy")
+            mount("tmpfs", top, INERT, "mode=755,size=64k", "a place for each hierarchy")
         for cgroup in self.cgroups:
             names = cgroup.controllers or "unified" * (not alone)
             self.cgroup_places.append((cgroup, open_inside(f"{top}/{names}", why, "dir")))
@@ -1366,7 +1354,7 @@ class Rootfs:
             if kind == "shared":
                 if "mode=" not in data:
                     data += f",mode={os.fstat(place).st_mode:o}"
-                mount("tmpfs", at(place), "tmpfs", f"{source}|{self.nodev}", data, why)
+                mount("tmpfs", at(place), f"{source}|{self.nodev}", data, why)
             else:
                 attach(source, place, why)
 
@@ -1374,15 +1362,6 @@ class Rootfs:
         """Make the root read-only, if it is to be: the root alone, not what is mounted below it."""
         for fd in self.overlays if self.options.read_only else ():
             set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only", "0")
-
-
-def tolerate(symbols, step, *args, **keywords):
-    """Take a step: return its result, or None where it fails by one of these errors."""
-    try:
-        return step(*args, **keywords)
-    except OSError as error:
-        if errno.errorcode.get(error.errno) not in symbols.split():
-            raise
 
 
 def open_path(path, why, flags=""):
@@ -1406,14 +1385,16 @@ def set_attributes(fd, flags, why, recursive):
 
 
 def attach(clone, place, why):
-    """Attach what clone_tree() returned to what `place` refers to. See move_mount(2)."""
+    """Attach what clone_tree() returned to what `place` refers to; close both. See move_mount(2)."""
     call("move_mount", clone, "", place, "", "MOVE_MOUNT_F_EMPTY_PATH|MOVE_MOUNT_T_EMPTY_PATH", why=why)
+    os.close(clone)
+    os.close(place)
 
 
 def hide(place, why):
     """Cover a directory with an empty one, anything else with the null device."""
     if os.path.isdir(at(place)):
-        mount("tmpfs", at(place), "tmpfs", f"MS_RDONLY|{INERT}", "size=4k", why)
+        mount("tmpfs", at(place), f"MS_RDONLY|{INERT}", "size=4k", why)
     else:
         attach(clone_tree("/dev/null", why), place, why)
 
@@ -1434,19 +1415,21 @@ def open_inside(path, why, create="", root="AT_FDCWD"):
         if not create:
             raise
     above, name = os.path.split(path.rstrip("/"))
-    missing = f"{at(open_inside(above, why, 'dir', root))}/{name}"
+    fd = open_inside(above, why, "dir", root)
+    missing = f"{at(fd)}/{name}"
     link = attempt(os.readlink, missing)  # one that leads to what is missing
     if not link:
         if create == "file":
             call("mknod", missing, stat.S_IFREG | 0o644, 0, why=place)
         else:
             call("mkdir", missing, 0o1777 if create == "shared" else 0o755, why=place)
+    os.close(fd)
     return open_inside(os.path.join(above, link or name), why, create, root)
 
 
 def exists(path):
     """Tell whether `path` exists. os.path.exists() says no to every error: a path to hide would stay."""
-    return bool(tolerate("ENOENT ENOTDIR", os.stat, path))
+    return bool(attempt(os.stat, path, only="ENOENT ENOTDIR"))
 
 
 def read_mountinfo():
@@ -1649,11 +1632,8 @@ def leave_behind(uid, *kept):
     Close-on-exec would be too late: while execve looks up the command, its #! interpreter and its loader, a
     symlink to /proc/self/fd/N could lead through a directory of the host that is open (CVE-2024-21626).
     """
-    try:
-        call("keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="a keyring of its own, not that of root")
-    except OSError as error:
-        if error.errno != errno.ENOSYS:  # a kernel built without keys has none to leak
-            raise
+    # a kernel built without keys, which has none to leak, says ENOSYS
+    attempt(call, "keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="not the keyring of root", only="ENOSYS")
     for fd in range(3) if uid else ():
         # pipes without a name: a FIFO of the host's stays as it is
         if os.isatty(fd) or os.readlink(at(fd)).startswith("pipe:"):
@@ -1688,9 +1668,8 @@ def join_cgroups(options, cgroups, places):
         for fd, data in cgroup.joins:  # --privileged on v2: that root is to be divided further
             call("write", fd, data, why=f"go below, and hand the controllers down ({cgroup.directory})")
     for cgroup, place in places:
-        mount("cgroup", at(place), "cgroup" if cgroup.controllers else "cgroup2",
-              INERT if options.privileged else f"MS_RDONLY|{INERT}", cgroup.controllers,
-              "its own cgroup, nothing above")
+        mount("cgroup" if cgroup.controllers else "cgroup2", at(place),
+              INERT if options.privileged else f"MS_RDONLY|{INERT}", cgroup.controllers, "its own, none above")
 
 
 def attach_stdio(options, stdio):
