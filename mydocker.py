@@ -744,7 +744,7 @@ def prepare(options):
         raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
     rows = options.volume + options.device
     for path in [f"{top}/." for top in options.rootfs] + [row[1] for row in rows]:
-        os.stat(path)  # raises where it is not there, or no directory
+        os.close(open_path(path, "what --rootfs, -v or --device names"))
     targets = [row[0] for row in rows + options.tmpfs]
     if len(targets) > len(set(targets)):
         raise Failure(f"two mounts are to go on {max(targets, key=targets.count)}")
@@ -782,7 +782,6 @@ def make_cgroups(options, undo):
     for cgroup in dict.fromkeys(found.values()):
         if cgroup.version == 2 and not cgroup.limits and len(found) > 1:
             continue  # beside v1 it is systemd's; alone it is made always: the container sees one of its own
-        cgroup.is_asked = not options.asked.isdisjoint(cgroup.limits)
         try:
             cgroup.make(options, undo)
         except OSError as error:
@@ -866,7 +865,6 @@ class Cgroup:
     """
 
     directory = leaf = ""
-    is_asked = False  # by an option, as opposed to a default
     problem = NO_CONTROLLER  # why a limit cannot be set, and the remedy
 
     def __init__(self, controllers, top, own):
@@ -1655,13 +1653,17 @@ def set_up_network(options):
 
 
 def join_cgroups(options, cgroups, places):
-    """Enter the cgroups, late, uncharged for this interpreter; see them as the root. cgroup_namespaces(7)."""
+    """Enter the cgroups, then see them as the root of all cgroups. See cgroup_namespaces(7).
+
+    Late, so that this interpreter is not charged and small limits work; before the command's first
+    instruction, so that no child of it can be outside.
+    """
     for cgroup in cgroups:
         fd, data = cgroup.joins.pop(0)
         try:
             call("write", fd, data, why=f'join the cgroup, "0" is the one who writes ({cgroup.directory})')
         except OSError as error:  # v1's cpu lets no real-time caller in; that matters to who asked for it
-            if cgroup.is_asked or cgroup.version == 2 or error.errno != errno.EINVAL:
+            if options.asked & {*cgroup.limits} or cgroup.version == 2 or error.errno != errno.EINVAL:
                 raise
     call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
     for cgroup in cgroups:
