@@ -744,7 +744,7 @@ def prepare(options):
         raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
     rows = options.volume + options.device
     for path in [f"{top}/." for top in options.rootfs] + [row[1] for row in rows]:
-        os.close(open_path(path, "what --rootfs, -v or --device names"))
+        os.stat(path)  # raises where it is not there, or no directory
     targets = [row[0] for row in rows + options.tmpfs]
     if len(targets) > len(set(targets)):
         raise Failure(f"two mounts are to go on {max(targets, key=targets.count)}")
@@ -1243,8 +1243,9 @@ class Rootfs:
                 text = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
             if name == "hosts":
                 text += "\n".join([*options.add_host, ""])
-            attempt(os.unlink, f"{etc}/{name}")  # an earlier run's, with --upperdir
-            fd = attempt(call, "open", f"{etc}/{name}", "O_WRONLY|O_CREAT|O_EXCL", 0o644, why=why, only="EEXIST")
+            place, flags = f"{etc}/{name}", "O_WRONLY|O_CREAT|O_EXCL"
+            attempt(os.unlink, place)  # an earlier run's, with --upperdir
+            fd = attempt(call, "open", place, flags, 0o644, why=why, only="EEXIST")
             if fd:  # else it is a directory of the user's
                 call("write", fd, os.fsencode(text), why=why)
                 os.close(fd)
@@ -1671,7 +1672,7 @@ def join_cgroups(options, cgroups, places):
             call("write", fd, data, why=f"go below, and hand the controllers down ({cgroup.directory})")
     for cgroup, place in places:
         mount("cgroup" if cgroup.controllers else "cgroup2", at(place),
-              INERT if options.privileged else f"MS_RDONLY|{INERT}", cgroup.controllers, "its own, none above")
+              INERT if options.privileged else f"MS_RDONLY|{INERT}", cgroup.controllers, "its own alone")
 
 
 def attach_stdio(options, stdio):
