@@ -1394,6 +1394,7 @@ def hide(place, why):
     """Cover a directory with an empty one, anything else with the null device."""
     if os.path.isdir(at(place)):
         mount("tmpfs", at(place), f"MS_RDONLY|{INERT}", "size=4k", why)
+        os.close(place)
     else:
         attach(clone_tree("/dev/null", why), place, why)
 
