@@ -39,8 +39,9 @@ import sys
 if sys.platform != "linux" or sys.version_info < (3, 9) or sys.maxsize < 2**32:
     sys.stderr.write("mydocker: this needs a 64-bit Linux and Python 3.9 or newer\n")
     sys.exit(125)
-# The directory of the script, or with -m the current one, may be anybody's: no module is taken from there
-if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+# The directory of the script, or with -m the current one, may be anybody's: no module is taken from there.
+# With -I or -P the first is the library as a zip archive, which nobody has
+if __name__ == "__main__":
     del sys.path[0]
 
 try:  # every run pays for each import: hence _signal, which is signal without enum (3 ms), no argparse (8)
@@ -59,7 +60,7 @@ except ImportError as missing:
     sys.stderr.write(f"mydocker: {missing}: this Python is incomplete: apt-get install python3\n")
     sys.exit(125)
 
-VERSION = "1.0"
+VERSION = "mydocker 1.0"
 EXIT_MYDOCKER, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 125, 126, 127, 128  # as docker run's
 
 # ---- The story: run, init, main ------------------------------------------------------------------
@@ -109,26 +110,25 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
     """Turn this process, just forked into a new pid namespace, into the container. It returns by raising."""
     log.side = "init"
     # first: whatever is done here is to end with run(), also when SIGKILL ends that at this moment
-    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="die with the parent, whatever kills it")
+    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", why="die with the parent, whatever kills it")
     os.umask(0)  # what is made below says its mode itself
     call("setsid", why="a session of its own: /dev/tty is not the caller's terminal, Ctrl-C not for us")
-    flags, what = "CLONE_NEWNS|CLONE_NEWUTS|CLONE_NEWIPC", "mounts, host name, System V IPC"
-    if options.network == "none":
-        flags, what = flags + "|CLONE_NEWNET", what + ", network"
-    call("unshare", flags, why=f"{what}: its own from here on")
+    own_network = options.network == "none"
+    call("unshare", "CLONE_NEWNS|CLONE_NEWUTS|CLONE_NEWIPC" + "|CLONE_NEWNET" * own_network,
+         why=f"mounts, host name, System V IPC{', network' * own_network}: its own from here on")
     # systemd has made "/" shared: without this every mount below would show up on the host, and stay
     call("mount", None, "/", None, "MS_REC|MS_PRIVATE", None, why="no mount made here may reach the host")
     rootfs = Rootfs(options, cgroups)
     rootfs.enter()
     call("sethostname", options.hostname, len(options.hostname), why="in the new uts namespace")
-    if options.network == "none":
+    if own_network:
         set_up_network(options)
     rootfs.mask()
     if options.tty:
         call("write", ready_write, b"T", why="run() may open the pty, then send argv")
-    argv = os.fsdecode(read_all(command_read, "the command, as run() sends it")).split("\0")[:-1]
+    argv = read_file(at(command_read), "the command, as run() sends it").split("\0")[:-1]
     if not argv:
-        raise SystemExit(EXIT_MYDOCKER)  # EOF at once: run() has died
+        raise BrokenPipeError  # EOF at once: run() has died
     attach_stdio(options, stdio)  # before the volumes: null device and terminal are ours, whatever they cover
     rootfs.furnish()
     uid, gid, groups, home = find_user(options)
@@ -140,7 +140,7 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
     leave_behind(uid, ready_write, log.fd)
     drop_privileges(options, uid, gid, groups)
     if poll({ready_write: select.POLLERR}, 0):
-        raise SystemExit(EXIT_MYDOCKER)  # no reader: run() died before PR_SET_PDEATHSIG was set again
+        raise BrokenPipeError  # no reader: run() died before PR_SET_PDEATHSIG was set again
     os.umask(0o022)
     execute(options, argv, places, env, caller_mask)
 
@@ -152,8 +152,8 @@ def main(words):
             os.set_inheritable(fd, True)  # a closed one: the next file that we open would get its number
         os.close(fd)
         command, *rest = words or [""]
-        if COLUMN < 0:
-            raise Failure(f"the system calls of {os.uname().machine} are not known here")
+        if not ARCHITECTURE:
+            raise Failure("the system calls of this machine are not known here: see uname -m")
         if command == "run":
             options = Options()
             try:
@@ -165,12 +165,12 @@ def main(words):
         if command in ("run", "-h", "--help"):  # run without argv: help was asked for
             print_help()
         elif command == "--version":
-            print(f"mydocker {VERSION}", flush=True)
+            print(VERSION, flush=True)
         else:
             raise Failure(f"there is no command {command!r}; usage: {USAGE}", INSTEAD.get(command, SEE_HELP))
         return 0
     except KeyboardInterrupt:
-        return EXIT_SIGNAL + int(signal.SIGINT)
+        return EXIT_SIGNAL + signal.SIGINT
     except Exception as error:
         return log.failure(error)
 
@@ -189,14 +189,15 @@ class Failure(Exception):
 class Log:
     """All that mydocker says, on stderr: stdout is the command's. The options say how."""
 
-    fd, explain = 2, False
-    json = None  # the module, if lines are to be JSON
+    fd = 2
+    explain = json = None  # json: the module, if lines are to be JSON
     side = "run"  # or "init": which of the two processes speaks
     end = b"\n"  # b"\r\n" while the caller's terminal is raw
 
     def set_up(self, options):
         """Take --log-format and --explain from the options; leave descriptor 2 to the command."""
-        self.explain, self.fd = options.explain, open_unblocked(2)
+        self.explain = options.explain
+        self.fd = open_unblocked(2)
         if options.log_format == "json":
             import json  # 7 ms, for those who want it
 
@@ -206,14 +207,13 @@ class Log:
         """Write one line."""
         text = os.fsencode(text).decode("utf-8", "backslashreplace")
         if self.json:
-            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            fields = {"level": level, "msg": text, "source": f"mydocker.py:{self.side}", "time": now}
-            text = self.json.dumps(fields, separators=(",", ":"))
+            text = self.json.dumps({
+                "level": level, "msg": text, "source": f"mydocker.py:{self.side}",
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, separators=(",", ":"))
         # a name that an image or a caller chose must not add a line, nor speak to the terminal
         data = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).encode() + self.end
         try:  # a stderr that is stopped or gone must not change the end; but --explain loses no step
-            patience = math.inf if self.explain else 1
-            while data and poll({self.fd: select.POLLOUT}, time.monotonic() + patience):
+            while data and poll({self.fd: select.POLLOUT}, math.inf if self.explain else 1):
                 data = data[os.write(self.fd, data) :]
         except OSError:
             pass
@@ -226,11 +226,11 @@ class Log:
         """Say why a run has ended, and the remedy if there is one; return the exit status."""
         message, hint = str(error), getattr(error, "hint", "")
         if isinstance(error, OSError):
-            message = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-            for row in HINTS.strip().split("\n"):
+            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or message
+            for row in HINTS.split("\n"):
                 part, symbol, remedy = row.split("  ")
                 if errno.errorcode.get(error.errno) == symbol and part in message:
-                    hint = hint or remedy
+                    hint = remedy
         elif not isinstance(error, Failure):
             message = f"internal error: {type(error).__name__}: {error}"  # a mistake in this file
         self.line("error", f"mydocker: {message}")
@@ -243,10 +243,10 @@ log = Log()
 
 # ---- System calls: call() is the one door to the kernel ------------------------------------------
 
-# uname -m: which column of numbers below, AUDIT_ARCH_* of <linux/audit.h>
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7), "riscv64": (1, 0xC00000F3),
-            "loongarch64": (1, 0xC0000102)}
-COLUMN, ARCHITECTURE = MACHINES.get(os.uname().machine, (-1, 0))
+# AUDIT_ARCH_* of <linux/audit.h>; and which column of numbers below it is
+ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "riscv64": 0xC00000F3,
+                "loongarch64": 0xC0000102}.get(os.uname().machine)
+COLUMN = ARCHITECTURE != 0xC000003E
 
 # What C calls by these names: what Python's modules have of it, the rest from the kernel's headers
 NAMES = {**vars(os), **vars(fcntl), **vars(termios), **vars(signal)}
@@ -261,28 +261,30 @@ AT_FDCWD=-100 AT_EMPTY_PATH=0x1000 AT_RECURSIVE=0x8000
 RESOLVE_NO_MAGICLINKS=0x2 RESOLVE_NO_SYMLINKS=0x4 RESOLVE_IN_ROOT=0x10
 PR_SET_PDEATHSIG=1 PR_SET_SECCOMP=22 PR_CAPBSET_DROP=24 PR_SET_NO_NEW_PRIVS=38 SECCOMP_MODE_FILTER=2
 PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_O_TRACEEXEC=0x10
-KEYCTL_JOIN_SESSION_KEYRING=1 AF_INET=2 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
+KEYCTL_JOIN_SESSION_KEYRING=1 RLIMIT_NPROC=6 AF_INET=2 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
 TIOCSPTLCK=0x40045431 TIOCGPTPEER=0x5441
 """.split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h ptrace.h keyctl.h, <asm/ioctls.h>
-    _name, _, _value = row.partition("=")
+    _name, _value = row.split("=")
     NAMES[_name] = int(_value, 0)
 
-# Arguments as in section 2 of the manual: s a string or struct, i int, o int shown in octal, L unsigned
-# long. Python's function of that name makes the call, else libc's. Not every libc has those with numbers, on
-# x86_64 and on the others: syscall(2) makes them.
-_PROTOTYPES = {name: rest for name, *rest in (row.split(":") for row in """
+# A letter for each argument, as in section 2 of the manual: s a string or struct, or what Python has for it,
+# i int, o int shown in octal, L unsigned long; for a call that is not here at most four, all s. Python's
+# function of that name makes the call, else libc's. Not every libc has those with numbers, on x86_64 and on
+# the others: syscall(2) makes them.
+_PROTOTYPES = dict(row.split(":", 1) for row in """
     capset:ss chmod:so close_range:iii:436:436 flock:ii ftruncate:ii ioctl:iis keyctl:is:250:219 kill:ii
-    makedirs:so mkdir:so mknod:sos mount:sssLs mount_setattr:isisL:442:442 move_mount:isisi:429:429 open:sio
+    makedirs:sos mkdir:so mknod:sos mount:sssLs mount_setattr:isisL:442:442 move_mount:isisi:429:429 open:sio
     open_tree:isi:428:428 openat2:issL:437:437 pipe2:i pivot_root:ss prctl:iLLLL ptrace:iiLL
-    sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:ii umount2:si unshare:i waitpid:ii
-    """.split())}
-_TYPES: "dict" = {"s": ctypes.c_char_p, "i": ctypes.c_int, "L": ctypes.c_ulong}
+    sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:iis umount2:si unshare:i waitpid:ii
+    """.split())
 _libc = ctypes.CDLL(None, use_errno=True)  # the libc that Python itself runs on, glibc or musl
 
 
-def value_of(names):
-    """Return the value of flags by their names in C: MS_REC|MS_PRIVATE."""
-    return sum(NAMES[name] for name in {*names.split("|")})
+def value_of(arg, letter="i"):
+    """Return an argument as the kernel takes it: for flags by their names, MS_REC|MS_PRIVATE, the value."""
+    if not isinstance(arg, str):
+        return arg
+    return sum(NAMES[name] for name in {*arg.split("|")}) if letter in "iL" else os.fsencode(arg)
 
 
 def show(arg, letter=" "):
@@ -307,10 +309,8 @@ def call(name, *args, why):
     outside this process comes through here, so --explain shows it. Where the call takes a number, str names
     flags; elsewhere it becomes bytes as by os.fsencode.
     """
-    letters, *numbers = _PROTOTYPES.get(name, [""])
-    letters = letters.ljust(len(args))
-    raw = [value_of(arg) if letter in "iL" and isinstance(arg, str) else arg
-           for arg, letter in zip(args, letters)]
+    letters, *numbers = _PROTOTYPES.get(name, "ssss").split(":")
+    raw = map(value_of, args, letters)
 
     def tell(result):
         """Tell the call and its result, if --explain is on; return how it is shown."""
@@ -325,31 +325,29 @@ def call(name, *args, why):
         if name in NAMES:
             result = NAMES[name](*raw)
         elif numbers:
-            result = call_libc("syscall", "L" + letters, [int(numbers[COLUMN]), *raw])
+            result = call_libc("syscall", int(numbers[COLUMN]), *raw)
         else:
-            result = call_libc(name, letters, raw)
+            result = call_libc(name, *raw)
     except (OSError, termios.error) as error:
-        number = error.args[0] or errno.EIO
-        symbol = errno.errorcode.get(number, str(number))
-        text = f"{why}: {tell(f'-1 {symbol}')}: {os.strerror(number)}"
-        raise OSError(number, text) from None  # Python makes it a FileNotFoundError, PermissionError...
-    if log.explain and (name != "fork" or result):  # fork returns twice, the story goes on once
-        tell("0" if result is None else show(result))
+        number = error.args[0]
+        shown = tell(f"-1 {errno.errorcode.get(number, number)}")
+        # Python makes it a FileNotFoundError, PermissionError...
+        raise OSError(number, f"{why}: {shown}: {os.strerror(number)}") from None
+    if log.explain:
+        tell(show(result or 0))
     return result
 
 
-def call_libc(name, letters, args):
-    """Make a call by libc, raise OSError at -1."""
-    function = _libc[name]
-    function.argtypes = [_TYPES[letter] for letter in letters]
-    result = function(*[os.fsencode(arg) if isinstance(arg, str) else arg for arg in args])
+def call_libc(name, *args):
+    """Make a call by libc, raise OSError at -1. A number fills a register: C takes of it what it needs."""
+    result = _libc[name](*[ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in args])
     if result == -1:
         raise OSError(ctypes.get_errno(), "")
     return result
 
 
 # Part of a failed call, its error, the remedy: where the error misleads, or has but one cause
-HINTS = """
+HINTS = """\
 mount("overlay"  ENODEV  this kernel lacks overlay; on the host: modprobe overlay
 mount("overlay"  EINVAL  no --upperdir on overlay, no third overlay on two, no casefolding filesystem
 mount("overlay"  ELOOP  the same directory twice: each --rootfs has to be another
@@ -367,8 +365,7 @@ in the rootfs  ELOOP  a symlink in its place is refused: it could lead out of th
 in the container  EACCES  a directory of the rootfs is another user's: build it as this one, or use sudo
 move_mount  EINVAL  a file goes on a file, a directory on a directory
 LOCK_NB  EAGAIN  in use: another container is using it
-(  ENOSYS  mydocker needs Linux 5.12 or newer
-"""
+(  ENOSYS  mydocker needs Linux 5.12 or newer"""
 
 
 def attempt(step, *args, only="", **keywords):
@@ -387,7 +384,7 @@ def be_child(unwanted, step, *args):
         for fd in unwanted:
             os.close(fd)
         step(*args)
-    except (SystemExit, BrokenPipeError):
+    except BrokenPipeError:
         pass  # the parent has died, and with it the one to tell
     except BaseException as error:  # whatever it is: no container
         status = log.failure(error)
@@ -397,7 +394,7 @@ def be_child(unwanted, step, *args):
 
 def mount(fstype, target, flags, data, why):
     """Attach a new filesystem. See mount(2)."""
-    if data and len(os.fsencode(data)) >= os.sysconf("SC_PAGE_SIZE"):  # the kernel would cut it off unsaid
+    if len(os.fsencode(data)) >= os.sysconf("SC_PAGE_SIZE"):  # the kernel would cut it off unsaid
         raise Failure(f"{why}: mount(2) takes no more than a page of options: too many, or too long")
     call("mount", fstype, target, fstype, flags, data, why=why)
 
@@ -408,20 +405,13 @@ def at(fd):
 
 
 def read_file(path, why):
-    """Return the text of a file."""
+    """Return the text of a file, or what comes through a pipe until EOF."""
     fd = call("open", path, "O_RDONLY|O_CLOEXEC", why=why)
-    data = read_all(fd, why)
+    data = call("read", fd, 1 << 16, why=why)
+    while chunk := os.read(fd, 1 << 20):
+        data += chunk
     os.close(fd)
     return os.fsdecode(data)
-
-
-def read_all(fd, why):
-    """Return what can be read from `fd` until EOF."""
-    data = chunk = call("read", fd, 1 << 16, why=why)
-    while chunk:
-        chunk = os.read(fd, 1 << 20)
-        data += chunk
-    return data
 
 
 def write_file(path, value, why):
@@ -431,12 +421,12 @@ def write_file(path, value, why):
     os.close(fd)
 
 
-def poll(interests, deadline):
-    """Wait until one of the descriptors is ready, or until the deadline; return what is. See poll(2)."""
+def poll(interests, seconds):
+    """Wait until one of the descriptors is ready, but no longer than that; return what is. See poll(2)."""
     waiter = select.poll()
-    for fd, events in interests.items():
-        waiter.register(fd, events)
-    return dict(waiter.poll(min(max(0, (deadline - time.monotonic()) * 1000 + 1), 1 << 30)))
+    for interest in interests.items():
+        waiter.register(*interest)
+    return dict(waiter.poll(min(max(0, seconds * 1000), 1 << 30)))
 
 
 def open_unblocked(fd):
@@ -444,8 +434,7 @@ def open_unblocked(fd):
 
     Opened anew, because O_NONBLOCK on the caller's own would be seen by all who share it.
     """
-    flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK
-    return os.isatty(fd) and attempt(os.open, at(fd), flags) or fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    return os.isatty(fd) and attempt(os.open, at(fd), value_of("O_RDWR|O_NOCTTY|O_NONBLOCK")) or os.dup(fd)
 
 
 # ---- Options, what can be asked for: OPTIONS, LIMITS, parse, prepare -----------------------------
@@ -1462,12 +1451,13 @@ DEFAULT_CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID 
     NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE""".split()
 CAPABILITY_NAMES = CAPABILITIES + ["NEWER"] * 23  # one for each of 64 bits
 
-# Docker's default profile turned around: what that refuses, name:x86_64:generic ("-": there is none; aarch64,
+# Docker's default profile turned around: what that refuses, name:x86_64:generic (999: there is none; aarch64,
 # riscv64 and loongarch64 share one table). With any of the capabilities in the key it allows them. Some are
 # judged by the low 32 bits of an argument, as by the kernel: after the numbers its offset in struct
-# seccomp_data, "=" a value or "&" any of these bits. clone: all CLONE_NEW*, as in a user namespace of its own
-# root has powers again; socket: AF_ALG, AF_VSOCK, which no namespace divides; personality: all but the
-# question which it is, PER_LINUX, PER_LINUX32, UNAME26; ioctl: TIOCSTI, TIOCLINUX, which type into a terminal
+# seccomp_data, and what is refused, a value or any of these bits. clone: all CLONE_NEW*, as root has powers
+# again in a user namespace of its own; socket: AF_ALG, AF_VSOCK, which no namespace divides; personality: all
+# but the question which it is, PER_LINUX, PER_LINUX32, UNAME26; ioctl: TIOCSTI, TIOCLINUX, which type into a
+# terminal
 REFUSED_CALLS = {
     "SYS_ADMIN BPF": "bpf:321:280",
     "SYS_ADMIN PERFMON": "perf_event_open:298:241",
@@ -1476,61 +1466,58 @@ REFUSED_CALLS = {
         lookup_dcookie:212:18 unshare:272:97 fanotify_init:300:262 setns:308:268 open_tree:428:428
         move_mount:429:429 fsopen:430:430 fsconfig:431:431 fsmount:432:432 fspick:433:433 clone3:435:435
         mount_setattr:442:442 quotactl_fd:443:443 lsm_get_self_attr:459:459 lsm_set_self_attr:460:460
-        lsm_list_modules:461:461 clone:56:220:16:&:0x7E020000""",
+        lsm_list_modules:461:461 clone:56:220:16:any_bit:0x7E020000""",
     "SYS_BOOT": "reboot:169:142",
     "SYS_MODULE": "init_module:175:105 delete_module:176:106 finit_module:313:273",
     "SYS_NICE": "mbind:237:235 set_mempolicy:238:237 get_mempolicy:239:236 set_mempolicy_home_node:450:450",
     "SYS_PACCT": "acct:163:89",
     "SYS_PTRACE": "kcmp:312:272 pidfd_getfd:438:438 process_madvise:440:440",
-    "SYS_RAWIO": "iopl:172:- ioperm:173:-",
+    "SYS_RAWIO": "iopl:172:999 ioperm:173:999",
     "SYS_TIME": "settimeofday:164:170 clock_settime:227:112",
     "SYS_TTY_CONFIG": "vhangup:153:58",
     "DAC_READ_SEARCH": "open_by_handle_at:304:265",
-    "": """uselib:134:- ustat:136:- sysfs:139:- pivot_root:155:41 _sysctl:156:- swapon:167:224 swapoff:168:225
-        kexec_load:246:104 add_key:248:217 request_key:249:218 keyctl:250:219 migrate_pages:256:238
-        move_pages:279:239 kexec_file_load:320:294 userfaultfd:323:282 io_uring_setup:425:425
-        io_uring_enter:426:426 io_uring_register:427:427 socket:41:198:16:=:38
-        socket:41:198:16:=:40 question:135:92:16:=:0xFFFFFFFF personality:135:92:16:&:0xFFFDFFF7
-        ioctl:16:29:24:=:0x5412 ioctl:16:29:24:=:0x541C""",
+    "": """uselib:134:999 ustat:136:999 sysfs:139:999 pivot_root:155:41 _sysctl:156:999 swapon:167:224
+        swapoff:168:225 kexec_load:246:104 add_key:248:217 request_key:249:218 keyctl:250:219
+        migrate_pages:256:238 move_pages:279:239 kexec_file_load:320:294 userfaultfd:323:282
+        io_uring_setup:425:425 io_uring_enter:426:426 io_uring_register:427:427 socket:41:198:16:equal:38
+        socket:41:198:16:equal:40 question:135:92:16:equal:0xFFFFFFFF
+        personality:135:92:16:any_bit:0xFFFDFFF7 ioctl:16:29:24:equal:0x5412 ioctl:16:29:24:equal:0x541C""",
 }
-# ENOSYS, for which libc has another way, is the answer to numbers that nobody has looked at here yet: above
-# the newest known call (x32's too, which have bit 30 set), and in the gap that the kernel has begun to fill;
-# from 424 on all machines share one numbering. A new call that is to be let through raises LAST_CALL.
-LAST_CALL, GAP_FROM, GAP_TO = 466, (336, 295), 423
 
 
 def seccomp_filter(kept):
     """Return the program that the kernel runs at every system call of the container. See seccomp(2).
 
     Classic BPF, <linux/bpf_common.h>, over struct seccomp_data: the number at offset 0, the architecture at
-    4, six 64-bit arguments from 16. A step is (code, how far to jump from the next step if true, if false,
-    value). Calls that take a capability in `kept` are let through.
+    4, six 64-bit arguments from 16. A step is what to do, how far to jump from the next step if true, if
+    false, and with which value. Calls that take a capability in `kept` are let through.
     """
-    load, equal, at_least, any_bit = 0x20, 0x15, 0x35, 0x45  # BPF_LD|BPF_W|BPF_ABS, JMP|JEQ|K, JGE, JSET
-    # BPF_RET: SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO with EPERM and with ENOSYS
-    allow, refuse, unknown = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50001), (6, 0, 0, 0x50026)
+    # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_K and JEQ, JGE, JSET; BPF_RET and SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO
+    words = {"load": 0x20, "equal": 0x15, "at_least": 0x35, "any_bit": 0x45, "return": 0x06,
+             "ALLOW": 0x7FFF0000, "EPERM": 0x50001, "ENOSYS": 0x50026}
     # clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc falls back to clone
-    others = {"clone3": unknown, "question": allow}
-    program = [
-        (load, 0, 0, 4), (equal, 0, 4, ARCHITECTURE),  # another: unknown
-        (load, 0, 0, 0), (at_least, 2, 0, LAST_CALL + 1), (at_least, 0, 2, GAP_FROM[COLUMN]),
-        (at_least, 1, 0, GAP_TO + 1), unknown,
-    ]
+    others = {"clone3": "return 0 0 ENOSYS", "question": "return 0 0 ALLOW"}
+    # ENOSYS, for which libc has another way, is the answer to other architectures, and to what nobody has
+    # looked at here yet: from 467 on (x32's numbers too, which have bit 30 set), and in the gap before 424,
+    # from where on all machines share one numbering, as the kernel has begun to fill it
+    program = [f"""load 0 0 4  equal 0 4 {ARCHITECTURE}
+                   load 0 0 0  at_least 2 0 467  at_least 0 2 {295 if COLUMN else 336}  at_least 1 0 424
+                   return 0 0 ENOSYS"""]
     for capabilities, calls in REFUSED_CALLS.items():
         for row in calls.split() if kept.isdisjoint(capabilities.split()) else ():
-            name, *words = row.split(":")
-            steps = [others.get(name, refuse)]
-            if words[2:]:
-                offset, test, value = words[2:]
-                steps = [(load, 0, 0, int(offset)), (any_bit if test == "&" else equal, 0, 1, int(value, 0)),
-                         *steps, (load, 0, 0, 0)]
-            if words[COLUMN] != "-":
-                program += [(equal, 0, len(steps), int(words[COLUMN])), *steps]
-    return b"".join(struct.pack("HBBI", *step) for step in [*program, allow])  # struct sock_filter
+            name, *numbers = row.split(":")
+            steps = [others.get(name, "return 0 0 EPERM")]
+            if numbers[2:]:
+                offset, test, value = numbers[2:]
+                steps = [f"load 0 0 {offset}", f"{test} 0 1 {value}", *steps, "load 0 0 0"]
+            program += [f"equal 0 {len(steps)} {numbers[COLUMN]}", *steps]
+    text = " ".join([*program, "return 0 0 ALLOW"])
+    values = [words.get(word) or int(word, 0) for word in text.split()]
+    return struct.pack("HBBI" * (len(values) // 4), *values)  # struct sock_filter
 
 
-def read_inside(path, colons):
-    """Return the fields of a file like /etc/passwd inside; none when there is no such file."""
+def read_inside(path):
+    """Return the fields of a file like /etc/passwd inside, at least 6; none when there is no such file."""
     try:
         fd = open_inside(path, "look up the user")
     except (FileNotFoundError, NotADirectoryError):
@@ -1540,8 +1527,8 @@ def read_inside(path, colons):
     if (not stat.S_ISREG(status.st_mode) or status.st_size > 64 << 20
             or is_below(os.readlink(at(fd)), ("/proc", "/sys"))):
         raise Failure(f"{path} in the container is not a regular file of at most 64 MiB")
-    lines = read_file(at(fd), f"look up the user in {path}").split("\n")
-    return [line.split(":") for line in lines if line.count(":") >= colons and "\0" not in line]
+    return [f"{line}:::::".split(":") for line in read_file(at(fd), f"look up the user in {path}").split("\n")
+            if "\0" not in line]
 
 
 def look_up(word, rows):
@@ -1557,10 +1544,10 @@ def find_user(options):
     """
     asked = f"--user {options.user or 0}"
     user, _, group = options.user.partition(":")
-    name, _, user, gid, _, home, *_ = look_up(user or "0", read_inside("/etc/passwd", 5))
-    table = read_inside("/etc/group", 3)
-    numbers = [user, *[look_up(word, table)[2] for word in (group or gid, *options.group_add)]]
-    numbers += [row[2] for row in table if not group and name in row[3].split(",")]
+    name, _, user, gid, _, home, *_ = look_up(user or "0", read_inside("/etc/passwd"))
+    table = read_inside("/etc/group")
+    numbers = [user, *[look_up(word, table)[2] for word in (group or gid, *options.group_add)],
+               *[row[2] for row in table if not group and name in row[3].split(",")]]
     ids = []
     for number in numbers:
         try:
@@ -1591,13 +1578,13 @@ def drop_privileges(options, uid, gid, groups):
     for name, limit in options.ulimit:
         call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
     if options.process_limit:  # refused where the caller's own is lower already
-        attempt(call, "setrlimit", RESOURCES.index("nproc"), options.process_limit,
+        attempt(call, "setrlimit", "RLIMIT_NPROC", options.process_limit,
                 why="--pids-limit without a cgroup")
     if not options.privileged and "seccomp=unconfined" not in options.security_opt:
         program = ctypes.create_string_buffer(seccomp_filter(kept))
         # struct sock_fprog: how many steps, where they are
-        fprog = ctypes.create_string_buffer(struct.pack("HP", len(program) // 8, ctypes.addressof(program)))
-        call("prctl", "PR_SET_SECCOMP", "SECCOMP_MODE_FILTER", ctypes.addressof(fprog), 0, 0,
+        fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(program))
+        call("prctl", "PR_SET_SECCOMP", "SECCOMP_MODE_FILTER", fprog,
              why="from here on the kernel asks this filter at every call")
     bits = int(read_file("/proc/self/status", "the bounding set").partition("\nCapBnd:\t")[2][:16], 16)
     for bit, name in enumerate(CAPABILITY_NAMES):
@@ -1605,7 +1592,7 @@ def drop_privileges(options, uid, gid, groups):
             if name in options.cap_add and not bits >> bit & 1:
                 raise Failure(f"--cap-add {name}: mydocker was started without it")
         elif bits >> bit & 1:  # execve gives root all of the bounding set, whatever capset leaves
-            call("prctl", "PR_CAPBSET_DROP", bit, 0, 0, 0, why=f"{name}: for nobody inside")
+            call("prctl", "PR_CAPBSET_DROP", bit, why=f"{name}: for nobody inside")
             bits -= 1 << bit
     if not options.rootless:  # denied there: who gives up a group may open a file that shuts it out
         call("setgroups", groups, why="its groups, none of the caller's")
@@ -1616,7 +1603,7 @@ def drop_privileges(options, uid, gid, groups):
     high, low = divmod(0 if uid else bits, 1 << 32)
     call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", low, low, 0, high, high, 0),
          why="keep these capabilities and no others")
-    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", 0, 0, 0, why="again: the change of user took that back")
+    call("prctl", "PR_SET_PDEATHSIG", "SIGKILL", why="again: the change of user took that back")
     if not options.privileged and "no-new-privileges=false" not in options.security_opt:
         call("prctl", "PR_SET_NO_NEW_PRIVS", 1, 0, 0, 0, why="setuid programs give nothing more")
 
@@ -1682,7 +1669,7 @@ def attach_stdio(options, stdio):
         try:
             fd = call("open", "/dev/pts/0", "O_RDWR|O_NOCTTY|O_CLOEXEC", why="run() holds its other end")
         except FileNotFoundError:  # the master is closed: run() has died, and this process is about to
-            raise SystemExit(EXIT_MYDOCKER) from None
+            raise BrokenPipeError from None
         call("ioctl", fd, "TIOCSCTTY", 0, why="the controlling terminal: Ctrl-C, job control")
         attach(clone_tree("/dev/pts/0", "the same terminal"),
                open_inside("/dev/console", "where it goes", "file"), "its terminal by another name")
@@ -1930,7 +1917,7 @@ class Container:
         """Wait for a signal or what a task waits for, and act on it; tell whether one came in time."""
         interests = {fd: event for _, fd, event in self.tasks.values()}
         interests[self.signal_fd] = select.POLLIN
-        ready = poll(interests, deadline)
+        ready = poll(interests, deadline - time.monotonic())
         if self.signal_fd in ready:
             self.take_signal(os.read(self.signal_fd, 128)[0])  # what struct signalfd_siginfo begins with
         for name, (task, fd, _) in list(self.tasks.items()):
