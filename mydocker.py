@@ -118,8 +118,9 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
          why=f"mounts, host name, System V IPC{', network' * own_network}: its own from here on")
     # systemd has made "/" shared: without this every mount below would show up on the host, and stay
     call("mount", None, "/", None, "MS_REC|MS_PRIVATE", None, why="no mount made here may reach the host")
-    rootfs = Rootfs(options, cgroups)
+    rootfs = Rootfs(options)
     rootfs.enter()
+    place_cgroups(cgroups)
     call("sethostname", options.hostname, len(options.hostname), why="in the new uts namespace")
     if own_network:
         set_up_network(options)
@@ -136,7 +137,7 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
     rootfs.freeze()
     env = environment(options, home)
     places = find_command(argv[0], env.get("PATH", DEFAULT_PATH))
-    join_cgroups(options, cgroups, rootfs.cgroup_places)
+    join_cgroups(options, cgroups)
     leave_behind(uid, ready_write, log.fd)
     drop_privileges(options, uid, gid, groups)
     if poll({ready_write: select.POLLERR}, 0):
@@ -605,7 +606,7 @@ def parse_volume(text):
     if not {"ro", "rw", "z", "Z"}.issuperset(mode.split(",")):  # z and Z are for SELinux: nothing to do
         rest, mode = text, ""
     source, _, target = rest.rpartition(":")
-    return parse_inside(target), check(source, source), "MOUNT_ATTR_RDONLY" if "ro" in mode else ""
+    return parse_inside(target), check(source, source), "MOUNT_ATTR_RDONLY" if "ro" in mode else "0"
 
 
 def parse_tmpfs(text):
@@ -638,7 +639,8 @@ def parse_env_file(text):
 def parse_host(text):
     """Return a line of /etc/hosts of NAME:IP."""
     name, _, address = text.partition(":")
-    return check(address and not address.strip("0123456789abcdefABCDEF.:"), f"{address}\t{parse_name(name)}")
+    return check(address and not address.strip("0123456789abcdefABCDEF.:"),
+                 f"{address}\t{parse_name(name)}\n")
 
 
 def parse_security(text):
@@ -734,7 +736,7 @@ def prepare(options):
     rows = options.volume + options.device
     for path in [f"{top}/." for top in options.rootfs] + [row[1] for row in rows]:
         os.stat(path)  # raises where it is not there, or no directory
-    targets = [row[0] for row in rows + options.tmpfs]
+    targets = options.targets = [row[0] for row in rows + options.tmpfs]
     if len(targets) > len(set(targets)):
         raise Failure(f"two mounts are to go on {max(targets, key=targets.count)}")
     if options.rootless and not options.rootfs and options.asked & {"--upperdir", "--add-host"}:
@@ -1071,13 +1073,13 @@ PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs d
     fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs tracefs""".split()
 INERT = "MS_NOSUID|MS_NODEV|MS_NOEXEC"  # for filesystems of which nothing is to be executed
 # Mount point, type, flags, options, and why
-OWN_MOUNTS = """
-/proc proc {inert} - the processes of the new pid namespace
-/sys sysfs {inert}|{frozen} - devices as the network namespace has them
+OWN_MOUNTS = """\
+/proc proc MS_NOSUID|MS_NODEV|MS_NOEXEC - the processes of the new pid namespace
+/sys sysfs MS_NOSUID|MS_NODEV|MS_NOEXEC|{frozen} - devices as the network namespace has them
 /dev tmpfs MS_NOSUID|MS_STRICTATIME|{nodev} mode=755,size=64m no device of the host
 /dev/pts devpts MS_NOSUID|MS_NOEXEC newinstance,ptmxmode=0666,mode=0620{tty} terminals of its own, from 0 on
-/dev/shm tmpfs {inert} mode=1777,size={size} POSIX shared memory
-/dev/mqueue mqueue {inert} - POSIX queues of the ipc namespace"""
+/dev/shm tmpfs MS_NOSUID|MS_NODEV|MS_NOEXEC mode=1777,size={size} POSIX shared memory
+/dev/mqueue mqueue MS_NOSUID|MS_NODEV|MS_NOEXEC - POSIX queues of the ipc namespace"""
 RUN = """
 /run tmpfs MS_NOSUID|MS_NODEV mode=755 in place of the host's
 /run/lock tmpfs MS_NOSUID|MS_NODEV mode=1777 where Debian's /var/lock leads to"""
@@ -1097,14 +1099,14 @@ class Rootfs:
     gets its flags while nobody can see it, and is attached to a descriptor: no rename can lead it elsewhere.
     """
 
-    def __init__(self, options, cgroups):
-        self.options, self.cgroups = options, cgroups
+    def __init__(self, options):
+        self.options = options
         self.bound = options.rootless and not options.rootfs
         self.nodev = "0" if options.privileged else "MS_NODEV"  # wherever a device node could be made
-        self.overlays: "list[int]" = []
-        self.cgroup_places: "list" = []  # (cgroup, where to mount it)
-        # what furnish() attaches: (why, target, what to make there, clone or flags of a tmpfs, its options)
-        self.mounts: "list" = [(f"--tmpfs {row[0]}", row[0], "shared", *row[1:]) for row in options.tmpfs]
+        self.to_freeze: "list[int]" = []
+        # what furnish() attaches: (why, target, how to make it, flags of a tmpfs or a clone, options or None)
+        self.mounts: "list" = [(f"--tmpfs {target}", target, "mkdir", flags, data)
+                               for target, flags, data in options.tmpfs]
 
     def enter(self):
         """Assemble the root, make it "/", let go of the host's.
@@ -1115,8 +1117,8 @@ class Rootfs:
         nodev = "0" if self.options.privileged else "MOUNT_ATTR_NODEV"
         for target, source, flags in self.options.volume:  # before anything of ours is mounted in there
             why = f"--volume {source}:{target}"
-            clone = clone_tree(source, why, f"{nodev}|{flags or 0}")
-            self.mounts.append((why, target, "dir" if os.path.isdir(at(clone)) else "file", clone, ""))
+            clone = clone_tree(source, why, f"{nodev}|{flags}")
+            self.mounts.append((why, target, "mkdir" if os.path.isdir(clone) else "mknod", clone, None))
         if self.bound:
             self.mount_bound_view()
         else:
@@ -1135,7 +1137,6 @@ class Rootfs:
         if attempt(os.readlink, "/proc/self") != "1":
             raise Failure("this is a chroot, whose inside could be left for the true root above: refused",
                           "unshare --mount, bind the chroot on itself, and pivot_root into it")
-        self.place_cgroups()
 
     def mount_bound_view(self):
         """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them.
@@ -1171,9 +1172,9 @@ class Rootfs:
                 raise Failure(f"--upperdir {options.upperdir}: its layer was exchanged meanwhile: refused")
         self.mount_overlay(lowers, "", "/")
         self.top = open_path("/..", "the new root, mounted over the old")
-        self.overlays = [self.top]
+        self.to_freeze = [self.top] if options.read_only else []
         # a namespace just copied lists parents first
-        for number, _, _, point, fstype, _ in () if options.rootfs else list(read_mountinfo()):
+        for number, _, _, point, fstype, _ in () if options.rootfs else read_mountinfo():
             if point != "/" and fstype not in PSEUDO_FILESYSTEMS and not is_below(point, PRIVATE_PATHS):
                 self.show_filesystem(point, number, lowers[0])
 
@@ -1183,14 +1184,14 @@ class Rootfs:
         try:
             lower = attempt(open_inside, path, why, "", host, only=COVERED)
             # another may be what is seen there, even the host's proc; a socket would be one of the host's
-            if not lower or mount_id(at(lower)) != number or (
-                    stat.S_IFMT(os.fstat(lower).st_mode) not in (stat.S_IFREG, stat.S_IFDIR)):
+            if not lower or mount_id(lower) != number or (
+                    stat.filemode(os.fstat(lower).st_mode)[0] not in "-d"):
                 return
             target = open_inside(path, why, "", self.top)
             # no overlay: of a file, of a filesystem that it does not take, such as FAT, with too long a name
             if attempt(self.mount_overlay, [lower], path, at(target), only="EINVAL ENOTDIR ENAMETOOLONG"):
                 if self.options.read_only:
-                    self.overlays.append(open_inside(path, why, "", self.top))
+                    self.to_freeze.append(open_inside(path, why, "", self.top))
                 os.close(target)
             else:
                 attach(clone_tree(at(lower), why, "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV", "0"), target, why)
@@ -1207,9 +1208,9 @@ class Rootfs:
         What is written goes to upperdir; in workdir overlay prepares a file before it moves it there. None is
         named so that it could bring in an option of its own. See overlayfs.rst of the kernel.
         """
-        name = path.replace("%", "%25").replace("/", "%2F").replace(",", "%2C").replace("\\", "%5C")
-        layers = [f"{at(self.layer)}/upper{name}", *[f"{at(fd)}/." for fd in lowers]]
-        upper, work = self.make_below(layers, ""), self.make_below([f"{at(self.layer)}/work{name}"], "")
+        name = path.translate(str.maketrans({"%": "%25", "/": "%2F", ",": "%2C", "\\": "%5C"}))
+        layers = [f"{at(self.layer)}/upper{name}", *map(at, lowers)]
+        upper, work = self.make_below(layers), self.make_below([f"{at(self.layer)}/work{name}"])
         if not path:
             self.fill_layer(layers)
         data = f"xino=on,lowerdir={':'.join(map(at, lowers))},upperdir={upper},workdir={work}"
@@ -1231,25 +1232,23 @@ class Rootfs:
             if options.network == "host":
                 text = attempt(read_file, f"/etc/{name}", "the host's, as is the network") or ""
             if name == "hosts":
-                text += "\n".join([*options.add_host, ""])
-            place, flags = f"{etc}/{name}", "O_WRONLY|O_CREAT|O_EXCL"
+                text += "".join(options.add_host)
+            place = f"{etc}/{name}"
             attempt(os.unlink, place)  # an earlier run's, with --upperdir
-            fd = attempt(call, "open", place, flags, 0o644, why=why, only="EEXIST")
+            fd = attempt(call, "open", place, "O_WRONLY|O_CREAT|O_EXCL", 0o644, why=why, only="EEXIST")
             if fd:  # else it is a directory of the user's
                 call("write", fd, os.fsencode(text), why=why)
-                os.close(fd)
         # in a directory whose owner does not exist in our user namespace, overlay lets nobody make anything
-        rows = [*options.volume, *options.device, *options.tmpfs, (options.workdir or "/",)]
-        for target, *_ in rows if options.rootless else ():
+        for target in [*options.targets, options.workdir or "/"] if options.rootless else ():
             self.make_below(layers, os.path.dirname(target))
 
-    def make_below(self, layers, path):
+    def make_below(self, layers, path=""):
         """Make a directory in the layer, the first of `layers`, like the next that has it, and return where.
 
         Or "", where something else is in the way: a link could lead out.
         """
         place = layers[0] + path
-        statuses = [attempt(os.lstat, layer + path) for layer in layers]
+        statuses = [attempt(os.lstat, f"{layer}/.{path}") for layer in layers]
         below = next(filter(None, statuses), None)
         if below and not stat.S_ISDIR(below.st_mode) or (
                 path and not self.make_below(layers, path.rpartition("/")[0])):
@@ -1267,10 +1266,10 @@ class Rootfs:
         options = self.options
         table = OWN_MOUNTS + RUN * (not options.rootfs) + TMP * self.bound
         for row in table.format(
-                inert=INERT, frozen="0" if options.privileged else "MS_RDONLY", nodev=self.nodev,
-                tty="" if options.rootless else ",gid=5", size=options.shm_size).split("\n")[1:]:
+                frozen="0" if options.privileged else "MS_RDONLY", nodev=self.nodev,
+                tty="" if options.rootless else ",gid=5", size=options.shm_size).split("\n"):
             point, fstype, flags, data, why = row.split(" ", 4)
-            place = open_inside(point, "its place in the rootfs", "dir", self.top)
+            place = open_inside(point, "its place in the rootfs", "mkdir", self.top)
             # only the owner of a network namespace may mount its sysfs
             if fstype == "sysfs" and options.rootless and options.network == "host":
                 attach(clone_tree(point, why, "MOUNT_ATTR_RDONLY"), place, why)
@@ -1294,62 +1293,64 @@ class Rootfs:
                 call("chown", path, status.st_uid, status.st_gid, why="as the host's")
             clone = clone_tree(path, why)
             if target in DEVICES:
-                attach(clone, open_inside(target, why, "file", self.top), why)
+                attach(clone, open_inside(target, why, "mknod", self.top), why)
             else:
-                self.mounts.append((why, target, "file", clone, ""))
+                self.mounts.append((why, target, "mknod", clone, None))
         for name, text in DEVICE_LINKS.items():
             call("symlink", text, f"{at(self.top)}/dev/{name}", why="programs expect it")
-
-    def place_cgroups(self):
-        """Open where the cgroups go: init mounts them when it has joined; volumes may be on /sys by then."""
-        top, why = "/sys/fs/cgroup", "where the cgroups go"
-        if not exists(top):
-            return
-        alone = [cgroup.version for cgroup in self.cgroups] == [2]  # it is shown at the top itself
-        if not alone:  # also where there is none: that hides the host's, which --network host shows
-            mount("tmpfs", top, INERT, "mode=755,size=64k", "a place for each hierarchy")
-        for cgroup in self.cgroups:
-            names = cgroup.controllers or "unified" * (not alone)
-            self.cgroup_places.append((cgroup, open_inside(f"{top}/{names}", why, "dir")))
-            for name in {*names.split(",")} - {names}:
-                call("symlink", names, f"{top}/{name}", why="as on the host")
-        if not alone:
-            set_attributes(open_path(top, why), "MOUNT_ATTR_RDONLY", "it is complete", "0")
 
     def mask(self):
         """Hide what tells of the host, freeze what would change the one kernel that all share."""
         if self.options.privileged:
             return
-        cpus = "/sys/devices/system/cpu"
-        throttles = [f"{cpus}/{name}/thermal_throttle" for name in os.listdir(cpus)]
-        flags = "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NOSUID|MOUNT_ATTR_NODEV|MOUNT_ATTR_NOEXEC"
+        throttles = [f"/sys/devices/system/cpu/{name}/thermal_throttle"
+                     for name in os.listdir("/sys/devices/system/cpu")]
         for path in filter(exists, MASKED_PATHS + READ_ONLY_PATHS + throttles):
             why = f"hide or freeze {path}"
             place = open_path(path, why)
             if path in READ_ONLY_PATHS:
-                attach(clone_tree(path, why, flags), place, why)
+                attach(clone_tree(path, why, "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NOSUID|MOUNT_ATTR_NODEV|"
+                                  "MOUNT_ATTR_NOEXEC"), place, why)
             else:
                 hide(place, why)
 
     def furnish(self):
         """Mount what --tmpfs and --volume ask for, parents first. The command's terminal is open by now."""
-        for why, target, kind, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
-            place = open_inside(target, why, kind)
+        for why, target, create, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
+            # a tmpfs has the mode of what it covers; where nothing is, that of /tmp
+            status = attempt(os.stat, target, only="ENOENT ENOTDIR ELOOP EACCES")
+            place = open_inside(target, why, create)  # or tells all but the first
             where = os.readlink(at(place))  # the kernel's word: every link resolved
             # what we read in /proc must come from the kernel, and init mounts the cgroups later
             if where == "/" or is_below(where, ("/proc", "/sys/fs/cgroup")):
                 raise Failure(f"{why}: in the container that is {where}, which is no place for it: refused")
-            if kind == "shared":
-                if "mode=" not in data:
-                    data += f",mode={os.fstat(place).st_mode:o}"
-                mount("tmpfs", at(place), f"{source}|{self.nodev}", data, why)
-            else:
+            if data is None:
                 attach(source, place, why)
+            else:
+                data = f"mode={status.st_mode if status else 0o1777:o},{data}"
+                mount("tmpfs", at(place), f"{source}|{self.nodev}", data, why)
 
     def freeze(self):
         """Make the root read-only, if it is to be: the root alone, not what is mounted below it."""
-        for fd in self.overlays if self.options.read_only else ():
-            set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only", "0")
+        for fd in self.to_freeze:
+            set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only")
+
+
+def place_cgroups(cgroups):
+    """Open the place of each cgroup: init mounts them when it has joined; volumes may be on /sys by then."""
+    top = "/sys/fs/cgroup"
+    if not (cgroups or exists(top)):  # the kernel has none
+        return
+    alone = [cgroup.version for cgroup in cgroups] == [2]  # it is shown at the top itself
+    if not alone:  # also where there is none: that hides the host's, which --network host shows
+        mount("tmpfs", top, INERT, "mode=755,size=64k", "a place for each hierarchy")
+    for cgroup in cgroups:
+        names = cgroup.controllers or "unified" * (not alone)
+        cgroup.place = open_inside(f"{top}/{names}", "where the cgroups go", "mkdir")
+        for name in {*names.split(",")} - {names}:
+            call("symlink", names, f"{top}/{name}", why="as on the host")
+    if not alone:
+        set_attributes(open_path(top, "where they are"), "MOUNT_ATTR_RDONLY", "it is complete")
 
 
 def open_path(path, why, flags=""):
@@ -1365,11 +1366,10 @@ def clone_tree(path, why, flags="", recursive="AT_RECURSIVE"):
     return fd
 
 
-def set_attributes(fd, flags, why, recursive):
-    """Add flags to the mount behind `fd`, and to all below it. See mount_setattr(2)."""
+def set_attributes(fd, flags, why, recursive="0"):
+    """Add flags to the mount behind `fd`, and to all below it if recursive. See mount_setattr(2)."""
     attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)  # set, clear, propagation, userns
-    why = f"{why} ({flags})"
-    call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, len(attributes), why=why)
+    call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, 32, why=f"{why} ({flags})")
 
 
 def attach(clone, place, why):
@@ -1381,7 +1381,7 @@ def attach(clone, place, why):
 
 def hide(place, why):
     """Cover a directory with an empty one, anything else with the null device."""
-    if os.path.isdir(at(place)):
+    if os.path.isdir(place):
         mount("tmpfs", at(place), f"MS_RDONLY|{INERT}", "size=4k", why)
         os.close(place)
     else:
@@ -1391,7 +1391,7 @@ def hide(place, why):
 def open_inside(path, why, create="", root="AT_FDCWD"):
     """Return an O_PATH descriptor for `path`, every symlink resolved inside the root, or refused.
 
-    `create` is what to make if it is missing: a "file", a "dir", or one "shared" by all users, as /tmp is.
+    `create` is the call that makes it if it is missing: mkdir, or for a file mknod.
     The root is where we stand, "/"; a magic link of /proc (/proc/self/root, an open descriptor) is refused:
     no image, no volume leads a mount elsewhere. Or it is `root`, for paths without a symlink. See openat2(2).
     """
@@ -1399,19 +1399,16 @@ def open_inside(path, why, create="", root="AT_FDCWD"):
     how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, value_of(f"RESOLVE_IN_ROOT|{refused}"))
     place = f"{why}: {path} in the container"
     try:
-        return call("openat2", root, path, how, len(how), why=place)
+        return call("openat2", root, path, how, 24, why=place)
     except FileNotFoundError:
         if not create:
             raise
     above, name = os.path.split(path.rstrip("/"))
-    fd = open_inside(above, why, "dir", root)
+    fd = open_inside(above, why, "mkdir", root)
     missing = f"{at(fd)}/{name}"
     link = attempt(os.readlink, missing)  # one that leads to what is missing
     if not link:
-        if create == "file":
-            call("mknod", missing, stat.S_IFREG | 0o644, 0, why=place)
-        else:
-            call("mkdir", missing, 0o1777 if create == "shared" else 0o755, why=place)
+        call(create, missing, 0o755, why=place)
     os.close(fd)
     return open_inside(os.path.join(above, link or name), why, create, root)
 
@@ -1431,12 +1428,10 @@ def read_mountinfo():
         yield number, device, root, point, fstype, words
 
 
-def mount_id(path):
-    """Return the number that mountinfo gives the mount that `path` is in. See proc_pid_fdinfo(5)."""
-    fd = open_path(path, "which mount is this")
-    text = read_file(f"/proc/self/fdinfo/{fd}", "which mount is this")
-    os.close(fd)
-    return text.partition("mnt_id:")[2].split()[0]
+def mount_id(fd):
+    """Return the number that mountinfo gives the mount that `fd` is in. See proc_pid_fdinfo(5)."""
+    # pos: 0 flags: 012000000 mnt_id: 29
+    return read_file(f"/proc/self/fdinfo/{fd}", "which mount is this").split()[5]
 
 
 def is_below(path, places):
@@ -1641,7 +1636,7 @@ def set_up_network(options):
             "nobody is hurt by an echo; in a user namespace there is but one group")
 
 
-def join_cgroups(options, cgroups, places):
+def join_cgroups(options, cgroups):
     """Enter the cgroups, then see them as the root of all cgroups. See cgroup_namespaces(7).
 
     Late, so that this interpreter is not charged and small limits work; before the command's first
@@ -1658,8 +1653,8 @@ def join_cgroups(options, cgroups, places):
     for cgroup in cgroups:
         for fd, data in cgroup.joins:  # --privileged on v2: that root is to be divided further
             call("write", fd, data, why=f"go below, and hand the controllers down ({cgroup.directory})")
-    for cgroup, place in places:
-        mount("cgroup" if cgroup.controllers else "cgroup2", at(place),
+    for cgroup in cgroups:
+        mount("cgroup" if cgroup.controllers else "cgroup2", at(cgroup.place),
               INERT if options.privileged else f"MS_RDONLY|{INERT}", cgroup.controllers, "its own alone")
 
 
@@ -1672,7 +1667,7 @@ def attach_stdio(options, stdio):
             raise BrokenPipeError from None
         call("ioctl", fd, "TIOCSCTTY", 0, why="the controlling terminal: Ctrl-C, job control")
         attach(clone_tree("/dev/pts/0", "the same terminal"),
-               open_inside("/dev/console", "where it goes", "file"), "its terminal by another name")
+               open_inside("/dev/console", "where it goes", "mknod"), "its terminal by another name")
         stdio = dict.fromkeys(range(3), fd)
     elif not options.interactive:
         stdio[0] = call("open", "/dev/null", "O_RDONLY|O_CLOEXEC", why="without -i there is no stdin")
@@ -1687,7 +1682,7 @@ def enter_workdir(options):
     hidden = is_below(options.cwd, PRIVATE_PATHS + (("/tmp",) if options.rootless else ()))
     path = chosen or ("" if hidden else options.cwd)
     try:
-        call("fchdir", open_inside(path, "--workdir", "dir" if chosen else ""), why=f"start in {path}")
+        call("fchdir", open_inside(path, "--workdir", "mkdir" if chosen else ""), why=f"start in {path}")
     except OSError:
         if chosen:
             raise
@@ -1716,7 +1711,8 @@ def find_command(command, path):
 
 def is_own_python(path):
     """Tell whether `path` is the program of this process: the same file, in no copy of the mount."""
-    return os.path.samefile(path, "/proc/self/exe") and mount_id(path) == mount_id("/proc/self/exe")
+    return os.path.samefile(path, "/proc/self/exe") and mount_id(open_path(path, "is it this program")) == (
+        mount_id(open_path("/proc/self/exe", "is it this program")))
 
 
 def follow_interpreters(path):
