@@ -263,7 +263,7 @@ RESOLVE_NO_MAGICLINKS=0x2 RESOLVE_NO_SYMLINKS=0x4 RESOLVE_IN_ROOT=0x10
 PR_SET_PDEATHSIG=1 PR_SET_SECCOMP=22 PR_CAPBSET_DROP=24 PR_SET_NO_NEW_PRIVS=38 SECCOMP_MODE_FILTER=2
 PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_O_TRACEEXEC=0x10
 KEYCTL_JOIN_SESSION_KEYRING=1 RLIMIT_NPROC=6 AF_INET=2 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
-TIOCSPTLCK=0x40045431 TIOCGPTPEER=0x5441
+TIOCSPTLCK=0x40045431
 """.split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h ptrace.h keyctl.h, <asm/ioctls.h>
     _name, _value = row.split("=")
     NAMES[_name] = int(_value, 0)
@@ -1643,16 +1643,16 @@ def join_cgroups(options, cgroups):
     instruction, so that no child of it can be outside.
     """
     for cgroup in cgroups:
-        fd, data = cgroup.joins.pop(0)
+        why = f'join the cgroup, "0" is the one who writes ({cgroup.directory})'
         try:
-            call("write", fd, data, why=f'join the cgroup, "0" is the one who writes ({cgroup.directory})')
+            call("write", *cgroup.joins.pop(0), why=why)
         except OSError as error:  # v1's cpu lets no real-time caller in; that matters to who asked for it
             if options.asked & {*cgroup.limits} or cgroup.version == 2 or error.errno != errno.EINVAL:
                 raise
     call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
     for cgroup in cgroups:
-        for fd, data in cgroup.joins:  # --privileged on v2: that root is to be divided further
-            call("write", fd, data, why=f"go below, and hand the controllers down ({cgroup.directory})")
+        for join in cgroup.joins:  # --privileged on v2: that root is to be divided further
+            call("write", *join, why=f"go below, and hand the controllers down ({cgroup.directory})")
     for cgroup in cgroups:
         mount("cgroup" if cgroup.controllers else "cgroup2", at(cgroup.place),
               INERT if options.privileged else f"MS_RDONLY|{INERT}", cgroup.controllers, "its own alone")
@@ -1697,7 +1697,7 @@ def environment(options, home):
         name, equals, value = text.partition("=")
         env[name] = value if equals else os.environ.get(name)
     env["HOME"] = env.get("HOME") or home
-    return {name: value for name, value in env.items() if value is not None}
+    return dict(row for row in env.items() if None not in row)  # None: by its name alone, and not there
 
 
 def find_command(command, path):
@@ -1728,7 +1728,7 @@ def follow_interpreters(path):
                 raise Failure(f"{path}: leads to the program that runs mydocker: refused", "",
                               EXIT_NOT_EXECUTABLE)
             # to read /proc/kmsg, a file, takes from it
-            if not os.path.isfile(path) or not os.stat(path).st_mode & 0o111:
+            if not (os.path.isfile(path) and os.access(path, os.X_OK)):
                 break
             with open(path, "rb", 0) as file:
                 head = file.read(256)
@@ -1747,11 +1747,11 @@ def execute(options, argv, places, env, caller_mask):
 
     By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
     """
-    # execve hands on what is ignored: HUP as by the caller, who may be nohup, and no other. Then the mask:
-    # before, a handler of Python's would take a pending SIGINT
-    for number in signal.valid_signals() - {signal.SIGHUP}:
-        if signal.getsignal(number) != signal.SIG_DFL:  # to set that again would discard a pending SIGCONT
-            signal.signal(number, signal.SIG_DFL)
+    # execve hands on what is ignored: HUP as by the caller, who may be nohup, and no other. What is SIG_DFL,
+    # or 0, stays: to set that again would discard a pending SIGCONT. Then the mask: before, a handler of
+    # Python's would take a pending SIGINT
+    for number in filter(signal.getsignal, signal.valid_signals() - {signal.SIGHUP}):
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
     failure = Failure(f"{argv[0] or '(nothing)'}: command not found", "" if options.rootfs else
                       "there are no images here: --rootfs DIR names a root filesystem", EXIT_NOT_FOUND)
@@ -1795,14 +1795,16 @@ class Terminal:
     It is made in the container's own devpts, so that it has a name there. See pty(7), ioctl_tty(2).
     """
 
+    saved = None  # the modes of the caller's terminal
+    pause = 0.02  # seconds until the end of the input is typed again
+
     def __init__(self, pid):
         # by the root of the new process: no code of the container runs yet
-        flags, why = "O_RDWR|O_NOCTTY|O_NONBLOCK|O_CLOEXEC", "the master of a new pty, in its devpts"
-        self.master = call("open", f"/proc/{pid}/root/dev/pts/ptmx", flags, why=why)
+        place, flags = f"/proc/{pid}/root/dev/pts", "O_RDWR|O_NOCTTY|O_NONBLOCK|O_CLOEXEC"
+        self.master = call("open", f"{place}/ptmx", flags, why="the master of a new pty, in its devpts")
         call("ioctl", self.master, "TIOCSPTLCK", bytes(4), why="unlock its other end, pts/0")
-        why = "held, as the container may close its terminal and open it again"
-        self.peer = call("ioctl", self.master, "TIOCGPTPEER", value_of(flags), why=why)
-        self.saved, self.pause = None, 0.02  # seconds until the end of the input is typed again
+        self.peer = call("open", f"{place}/0", flags,
+                         why="held, as the container may close its terminal and open it again")
         self.resize()
         if not os.isatty(0):
             log.warning("stdin is not a terminal: -t gives the command one all the same")
@@ -1823,7 +1825,7 @@ class Terminal:
         """
         if not any(call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read it all")):
             attempt(os.write, self.master, b"\x04")
-            self.pause = min(2 * self.pause, 5)
+            self.pause += 0.05
         return self.pause
 
     def resize(self):
@@ -1859,8 +1861,8 @@ def watch_signals():
     caller ignores, as under nohup, stays ignored. See signalfd(2).
     """
     # with SIGCHLD ignored there is no word of the end; SIGXFSZ is ignored by Python itself
-    for number in (signal.SIGCHLD, signal.SIGWINCH, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)
+    for name in "SIGCHLD SIGWINCH SIGXFSZ".split():
+        signal.signal(NAMES[name], signal.SIG_DFL)
     watched = [number for number in signal.valid_signals() if SIGNALS.get(number) not in UNWATCHED
                and signal.getsignal(number) != signal.SIG_IGN]
     # SIGTTOU is only blocked: to put the terminal back must not stop us
@@ -1878,16 +1880,17 @@ class Container:
     come, resume() lets run on to the next yield. self.tasks are those that wait; one that returns is done.
     """
 
+    terminal: "Terminal" = None
+    wstatus = stopped_by = keys = None  # keys: the task of descriptor 0 with -ti
+    deadline = next_end = math.inf  # when to kill, when to type the end of the input
+
     def __init__(self, options, pid, signal_fd):
         self.options, self.pid, self.signal_fd = options, pid, signal_fd
         self.tasks: "dict" = {}  # by "start", or the caller's descriptor: (task, descriptor, event)
-        self.wstatus = self.terminal = self.keys = None  # keys: the task of descriptor 0 with -ti
-        self.deadline = self.next_end = math.inf  # when to kill, when to type the end of the input
-        self.stopped_by = ""
         # At its execve init is to stop before the new program's first instruction, and reap() looks what it
         # is. Where the kernel refuses that (we are traced ourselves, yama), start() looks as soon as it can
-        why = "to see what it becomes before that can do anything"
-        self.is_traced = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC", why=why) == 0
+        self.traced = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC",
+                              why="to see what it becomes before that can do anything")
 
     def supervise(self, argv, command_fd, ready_fd, ours):
         """Relay signals and terminals until the command has ended; return its wait status."""
@@ -1902,16 +1905,16 @@ class Container:
                 self.next_end = now + self.terminal.type_end()
             self.wait(min(self.deadline, self.next_end))
         self.tasks.pop(0, None)
-        while self.tasks:  # what it wrote last: all of it, unless nobody reads it after a stop or a signal
-            is_held = select.POLLOUT in [event for _, _, event in self.tasks.values()]
-            patience = time.monotonic() + 1 if self.stopped_by else math.inf
-            if not self.wait(patience if is_held else 0):  # 0: what there is to read is there now
-                break
+        # what it wrote last: all of it, unless nobody reads it after a stop or a signal
+        while self.tasks and self.wait(time.monotonic() + 1 if self.stopped_by else math.inf):
+            pass
         return self.wstatus
 
     def wait(self, deadline):
         """Wait for a signal or what a task waits for, and act on it; tell whether one came in time."""
         interests = {fd: event for _, fd, event in self.tasks.values()}
+        if self.wstatus is not None and select.POLLOUT not in interests.values():
+            deadline = 0  # it has ended: what there is to read is there now
         interests[self.signal_fd] = select.POLLIN
         ready = poll(interests, deadline - time.monotonic())
         if self.signal_fd in ready:
@@ -1945,7 +1948,7 @@ class Container:
         yield ready_fd, select.POLLIN  # by its EOF: init has become the command, or died
         self.reap()
         if self.wstatus is None:
-            if not self.is_traced:
+            if self.traced is None:
                 self.refuse_python()
             if self.terminal and self.options.interactive:
                 self.keys = self.relay(0, os.dup(self.terminal.master))
@@ -1974,7 +1977,7 @@ class Container:
                 elif held or error.errno == errno.EIO:
                     break  # the command reads no more; or nobody has the other end of the pty, all is read
                 elif number:
-                    raise Failure(problem) from None
+                    raise Failure(problem)
                 else:
                     log.warning(problem)  # what breaks off has ended
                     break
@@ -2025,15 +2028,12 @@ class Container:
                 if pid:
                     self.wstatus = wstatus
                 break
-            event = wstatus >> 16  # PTRACE_EVENT_* of <linux/ptrace.h>
-            if event == 4:  # _EXEC
+            request = "PTRACE_CONT"  # by a signal: until its execve init has no handler, and PID 1 ignores it
+            if wstatus >> 16 == 4:  # PTRACE_EVENT_EXEC of <linux/ptrace.h>
                 self.refuse_python()
-            request = "PTRACE_DETACH" if event == 4 else "PTRACE_CONT"
-            number = 0 if event else os.WSTOPSIG(wstatus)  # a signal, which it is to have
-            try:
-                call("ptrace", request, self.pid, 0, number, why="let it go on")
-            except ProcessLookupError:
-                pass  # it was killed meanwhile
+                request = "PTRACE_DETACH"
+            # ESRCH: it was killed meanwhile
+            attempt(call, "ptrace", request, self.pid, 0, 0, why="let it go on", only="ESRCH")
 
     def kill(self, message):
         """Kill the container, and say which step ended it: last, as stderr may be a stopped terminal."""
@@ -2079,7 +2079,8 @@ def write_pidfile(path, pid, undo):
     why = f"--pidfile {path}"
     # by a descriptor of its directory: what others make of the path meanwhile does not matter
     place = f"{at(open_path(directory or '.', why, 'O_DIRECTORY|'))}/{name}"
-    fd = call("open", place, "O_RDWR|O_CREAT|O_NOFOLLOW|O_NONBLOCK|O_NOCTTY|O_CLOEXEC", 0o644, why=why)
+    fd = call("open", place, "O_RDWR|O_CREAT|O_APPEND|O_NOFOLLOW|O_NONBLOCK|O_NOCTTY|O_CLOEXEC", 0o644,
+              why=why)
     status = os.fstat(fd)
     if (not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1
             or os.read(fd, 32).strip(b"0123456789\n")):
@@ -2087,7 +2088,7 @@ def write_pidfile(path, pid, undo):
     call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
     undo.append(lambda: call("unlink", place, why="the --pidfile of a container that is gone"))
     call("ftruncate", fd, 0, why=why)
-    call("pwrite", fd, b"%d\n" % pid, 0, why=why)
+    call("write", fd, b"%d\n" % pid, why=why)
 
 
 # ---- Command line: print_help --------------------------------------------------------------------
