@@ -279,6 +279,7 @@ _PROTOTYPES = dict(row.split(":", 1) for row in """
     sethostname:sL setrlimit:is signalfd:isi socket:iii tcsetattr:iis umount2:si unshare:i waitpid:ii
     """.split())
 _libc = ctypes.CDLL(None, use_errno=True)  # the libc that Python itself runs on, glibc or musl
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def value_of(arg, letter="i"):
@@ -395,7 +396,7 @@ def be_child(unwanted, step, *args):
 
 def mount(fstype, target, flags, data, why):
     """Attach a new filesystem. See mount(2)."""
-    if len(os.fsencode(data)) >= os.sysconf("SC_PAGE_SIZE"):  # the kernel would cut it off unsaid
+    if len(os.fsencode(data)) >= PAGE:  # the kernel would cut it off unsaid
         raise Failure(f"{why}: mount(2) takes no more than a page of options: too many, or too long")
     call("mount", fstype, target, fstype, flags, data, why=why)
 
@@ -486,7 +487,7 @@ DEFAULTS = {"pids_limit": 2048, "user": "", "network": "none", "stop_timeout": 1
 # The options that are limits: controller, v1 file, v2 file. In this order: v1 refuses a memsw limit below
 # the memory limit; on v2 --memory-swappiness 0 is a second value for memory.swap.max, which has to replace
 # the first. Adding a limit is adding a row here and one above; limit_value() has what is not written as is.
-LIMITS = """
+LIMITS = """\
 --memory             memory  memory.limit_in_bytes        memory.max
 --memory-swap        memory  memory.memsw.limit_in_bytes  memory.swap.max
 --memory-swappiness  memory  memory.swappiness            memory.swap.max
@@ -494,8 +495,7 @@ LIMITS = """
 --cpus               cpu     cpu.cfs_quota_us             cpu.max
 --cpuset-cpus        cpuset  cpuset.cpus                  cpuset.cpus
 --cpuset-mems        cpuset  cpuset.mems                  cpuset.mems
---pids-limit         pids    pids.max                     pids.max
-"""
+--pids-limit         pids    pids.max                     pids.max"""
 # What docker reads as if the option were not there
 NOT_SET = """--memory=0 --memory=0m --memory=0g --memory-swap=0 --memory-swappiness=-1 --cpu-shares=0 --cpus=0
     --cpus=0.0 --cpus=0.00 --pids-limit=0 --user= --cpuset-cpus= --cpuset-mems= --name= --hostname=""".split()
@@ -534,7 +534,7 @@ class Option:
         self.dest = self.long[2:].replace("-", "_")
 
 
-TABLE = [Option(row) for row in OPTIONS.split("\n")]
+TABLE = list(map(Option, OPTIONS.split("\n")))
 # every name with a dash less as well: the book has -cpuset and -cpushare
 BY_NAME = {word: option for option in TABLE for name in option.names for word in (name, name[1:])}
 
@@ -566,15 +566,16 @@ def check(good, value=None):
 def parse_number(text, low, high):
     """Return a number of the type of `low`, in plain digits: int() and float() take more than that."""
     number = type(low)(text)
-    return check(low <= number <= high and not text.strip("-.0123456789") and text[-1] != ".", number)
+    return check(low <= number <= high and not text.strip("-.0123456789") and not text.endswith("."), number)
 
 
 def parse_size(text):
     """Return the bytes that `text` stands for: 100m, 1.5g, 64MiB, 1048576."""
     text = text.lower().replace("ib", "b").removesuffix("b")
     number = text.rstrip("kmgt")
-    size = parse_number(number, 0.0, math.inf) * 1024 ** " k m g t".split(" ").index(text[len(number) :])
-    return int(check(1 <= size < 1 << 63, size))
+    size = parse_number(number, 0.0, math.inf)
+    size *= 1024 ** " k m g t".split(" ").index(text.removeprefix(number))
+    return int(check(PAGE <= size < 1 << 63, size)) // PAGE * PAGE  # the kernel counts whole pages
 
 
 def parse_list(text):
@@ -590,14 +591,14 @@ def parse_list(text):
 def parse_ulimit(text):
     """Return (name, struct rlimit) of NAME=SOFT[:HARD]; -1 is RLIM_INFINITY."""
     name, _, values = text.partition("=")
-    soft, _, hard = values.partition(":")
-    limits = [parse_number(part, -1, 1 << 62) % (1 << 64) for part in (soft, hard or soft)]
-    return check(name in RESOURCES and limits == sorted(limits), (name, struct.pack("2Q", *limits)))
+    limits = [parse_number(part, -1, 1 << 62) % (1 << 64) for part in values.split(":", 1)]
+    check(name in RESOURCES and limits == sorted(limits))
+    return name, struct.pack("2Q", limits[0], limits[-1])
 
 
 def parse_inside(text):
     """Return an absolute path in the container."""
-    return check(text[:1] == "/", os.path.normpath("/" + text.lstrip("/")))
+    return check(text.startswith("/"), os.path.normpath("/" + text.lstrip("/")))
 
 
 def parse_volume(text):
@@ -614,7 +615,7 @@ def parse_tmpfs(text):
     target, _, rest = text.partition(":")
     # by what they are about: of exec and noexec the last one counts
     words = {word.removeprefix("no"): word for word in f"noexec,nosuid,nodev,{rest}".split(",")}
-    flags = [f"MS_{words.pop(name).upper()}" for name in ("exec", "suid", "dev")]
+    flags = [f"MS_{words.pop(name).upper()}" for name in "exec suid dev".split()]
     return parse_inside(target), "|".join(filter(NAMES.get, flags)) or "0", ",".join(words.values())
 
 
@@ -626,14 +627,14 @@ def parse_device(text):
 
 def parse_env(text):
     """Return K=V or K; no variable has an empty name, or a NUL."""
-    return check(text[:1] != "=" and "\0" not in text, text)
+    return check(not text.startswith("=") and "\0" not in text, text)
 
 
 def parse_env_file(text):
     """Return the variables in a file, K=V or K, as docker reads it: nothing is quoted, # is a comment."""
     lines = read_file(text, f"--env-file {text}").replace("\r\n", "\n").split("\n")
     words = [parse_env(word) for word in map(str.lstrip, lines) if word and word[0] != "#"]
-    return check(all([name] == name.split() for name in (word.partition("=")[0] for word in words)), words)
+    return check(all({" ", "\t"}.isdisjoint(word.partition("=")[0]) for word in words), words)
 
 
 def parse_host(text):
@@ -722,9 +723,9 @@ def prepare(options):
     if os.readlink("/proc/self") != str(os.getpid()):  # we would take strangers for our processes
         raise Failure("/proc is that of another pid namespace", "mount -t proc proc /proc")
     memory = options.memory or 0
-    swap = options.memory_swap = options.memory_swap or min(2 * memory, (1 << 63) - 1) or None
-    if swap and (memory < os.sysconf("SC_PAGE_SIZE") or -1 < swap < memory):
-        raise Failure("--memory: a page at least; --memory-swap, both together: no less, and not without it")
+    swap = options.memory_swap = options.memory_swap or min(2 * memory, (1 << 63) - PAGE) or None
+    if swap and (not memory or -1 < swap < memory):
+        raise Failure("--memory-swap: memory and swap together, so no less than --memory, and not without it")
     for kind, wanted in ("cpu", options.cpuset_cpus), ("node", options.cpuset_mems):
         if wanted:
             available = read_file(f"/sys/devices/system/{kind}/online", "which are there").strip()
@@ -747,7 +748,6 @@ def prepare(options):
 
 # ---- Cgroups, what it may use: make_cgroups, Cgroup ----------------------------------------------
 
-CPU_PERIOD = 100000  # microseconds: the kernel's default
 # Why a limit cannot be set, and the remedy
 NO_CONTROLLER = ("there is no controller for it here", "/proc/cgroups shows which there are; "
                  "some kernels want cgroup_enable=memory swapaccount=1 when they boot")
@@ -761,22 +761,22 @@ def make_cgroups(options, undo):
     A controller (memory, cpu) bounds one resource. v1 has a tree of cgroups for each of them, v2 one for all;
     a hybrid host has some of each. See cgroups(7).
     """
-    found, nowhere = find_cgroups(), Cgroup("", "", "")
+    found = find_cgroups()
     joined, lost = [], {}  # lost: the limits that are not set yet, and whose they are
-    for row in LIMITS.strip().split("\n"):
+    for row in LIMITS.split("\n"):
         name, controller, *files = row.split()
-        cgroup = found.get(controller, found.get("", nowhere))
-        value = limit_value(name, cgroup.version, options)
-        if value is not None:
-            cgroup.limits[name] = controller, files[cgroup.version - 1], str(value)
-            lost[name] = cgroup
+        value = getattr(options, BY_NAME[name].dest)
+        if value not in (None, -1):  # a new cgroup has no limit
+            cgroup = lost[name] = found.get(controller, found.get("", Cgroup("", "", "")))
+            text = str(limit_value(name, value, cgroup.is_v2, options.memory))
+            cgroup.limits[name] = controller, files[cgroup.is_v2], text
     for cgroup in dict.fromkeys(found.values()):
-        if cgroup.version == 2 and not cgroup.limits and len(found) > 1:
+        if cgroup.is_v2 and not cgroup.limits and len(found) > 1:
             continue  # beside v1 it is systemd's; alone it is made always: the container sees one of its own
         try:
             cgroup.make(options, undo)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if errno.errorcode.get(error.errno) not in "ENOENT EACCES EPERM EROFS".split():
                 raise
             cgroup.problem = f"no cgroup here is ours to use: {error.strerror}", OWN_CGROUP
             continue
@@ -784,7 +784,8 @@ def make_cgroups(options, undo):
         for name in cgroup.limits:
             del lost[name]
     if options.cgroup_parent and not joined:
-        raise Failure(f"--cgroup-parent: no cgroup can be made below {options.cgroup_parent}", OWN_CGROUP)
+        raise Failure(f"--cgroup-parent: no cgroup can be made below {options.cgroup_parent}",
+                      "it has to be there, as mkdir makes it below /sys/fs/cgroup, and to be yours")
     if options.rootless and lost.pop("--pids-limit", None):
         # in a user namespace the kernel counts its processes alone, and no others of this user
         options.process_limit = struct.pack("2Q", options.pids_limit, options.pids_limit)
@@ -803,9 +804,9 @@ def find_cgroups():
     found = {}
     for line in read_file("/proc/self/cgroup", "find the cgroups we are in").split("\n")[:-1]:
         _, controllers, path = line.split(":", 2)
-        names = {"", "memory", "cpu", "cpuacct", "cpuset", "pids"}.intersection(controllers.split(","))
-        if not names or path.startswith("/.."):  # no limits of ours; outside of our namespace
-            continue
+        names = controllers.split(",")
+        if {"", "memory", "cpu", "cpuacct", "cpuset", "pids"}.isdisjoint(names) or path.startswith("/.."):
+            continue  # no limits of ours; outside of our namespace
         for top, root in find_cgroup_mounts(controllers):
             own = (top + path[len(root) :]).rstrip("/")
             if is_below(path, (root,)) and os.path.exists(f"{own}/cgroup.procs"):
@@ -816,32 +817,27 @@ def find_cgroups():
 
 def find_cgroup_mounts(controllers):
     """Yield where the hierarchy of these controllers may be mounted, and from which cgroup of it on."""
-    for name in [controllers] if controllers else ["", "unified"]:
-        yield f"/sys/fs/cgroup/{name}".rstrip("/"), ""
-    kind = "cgroup" if controllers else "cgroup2"
+    for name in [f"/{controllers}"] if controllers else ["", "/unified"]:
+        yield f"/sys/fs/cgroup{name}", ""
     for _, _, root, point, fstype, words in read_mountinfo():  # last: 9 ms, where 5000 are mounted
-        if fstype == kind and {"", *controllers.split(",")} <= {"", *words.split(",")}:
+        if (fstype == ("cgroup" if controllers else "cgroup2")
+                and {*controllers.split(",")} <= {"", *words.split(",")}):
             yield point, root.rstrip("/")
 
 
-def limit_value(name, version, options):
-    """Return what is to be written for a row of LIMITS on cgroup v1 or v2; None: nothing."""
-    value = getattr(options, BY_NAME[name].dest)
-    if value in (None, -1):  # a new cgroup has no limit
-        return None
-    if version == 2:
-        if name == "--memory-swap":  # v2's is for swap alone
-            value -= options.memory
-        elif name == "--memory-swappiness" and value:
-            raise Failure("--memory-swappiness: cgroup v2 has none; 0 is possible: no swap")
-        elif name == "--cpu-shares":  # not the kernel's; the curve of runc 1.3.2, crun 1.23
-            log2 = math.log2(value)
-            value = math.ceil(10 ** ((log2 * log2 + 125 * log2) / 612 - 7 / 34))
+def limit_value(name, value, is_v2, memory):
+    """Return what a row of LIMITS has as its value on cgroup v1 or v2."""
     if name == "--cpus":
-        value = round(value * CPU_PERIOD)
-        return value if version == 1 else f"{value} {CPU_PERIOD}"
-    if name in ("--memory", "--memory-swap"):  # it is counted in whole pages
-        value -= value % os.sysconf("SC_PAGE_SIZE")
+        return round(value * 100000)  # in a period of that many microseconds, the kernel's default
+    if not is_v2:
+        return value
+    if name == "--memory-swap":  # v2's is for swap alone
+        return value - memory
+    if name == "--memory-swappiness" and value:
+        raise Failure("--memory-swappiness: cgroup v2 has none; 0 is possible: no swap")
+    if name == "--cpu-shares":  # not the kernel's; the curve of runc 1.3.2, crun 1.23
+        log2 = math.log2(value)
+        return math.ceil(10 ** ((log2 - 1) * (log2 + 126) / 612))
     return value
 
 
@@ -859,33 +855,26 @@ class Cgroup:
     problem = NO_CONTROLLER  # why a limit cannot be set, and the remedy
 
     def __init__(self, controllers, top, own):
-        self.version = 1 if controllers else 2
+        self.is_v2 = not controllers
         self.controllers, self.top, self.own = controllers, top, own  # own: where we are in it
         self.limits, self.joins = {}, []  # option: (controller, file, value); (descriptor, what to write)
 
     def make(self, options, undo):
         """Make the cgroup, write every limit, read it back, open the files to join by."""
         parent = self.find_parent(options)
-        if self.version == 2 and parent == self.own != self.top:
+        if self.is_v2 and parent == self.own != self.top:
             self.leaf = f"{self.own}/mydocker-run-{os.urandom(6).hex()}"
             call("mkdir", self.leaf, 0o755, why="a leaf for run(): what hands down must have no processes")
             undo.append(self.leave_leaf)
             write_file(f"{self.leaf}/cgroup.procs", "0", "move there")
-        directory = f"{parent}/mydocker-{options.name}"
-        sweep(directory)
+        directory = self.directory = f"{parent}/mydocker-{options.name}"
+        sweep(parent, directory)
         try:
             claim(directory)
         except FileExistsError:
             raise Failure(f"--name {options.name}: in use by another container") from None
-        self.directory = directory
         undo.append(self.end)
-        if self.version == 1:
-            if "cpuset" in self.controllers.split(","):
-                inherit_cpuset(directory, "cpuset.cpus")
-                inherit_cpuset(directory, "cpuset.mems")
-            self.set_limits(directory)
-            joins = ["tasks 0"]  # there who moves only a thread, itself, is spared the wait of hurry_join()
-        else:
+        if self.is_v2:
             self.hand_down(parent if options.privileged else directory)
             call("mkdir", f"{directory}/container", 0o755, why="on v2 the processes are below the limits")
             self.set_limits(directory)
@@ -895,6 +884,12 @@ class Cgroup:
                 joins = ["cgroup.procs 0", *joins, *sorted(divide)]
             else:
                 self.set_limits(f"{directory}/container")  # once more, where programs look for them
+        else:
+            if "cpuset" in self.controllers:
+                inherit_cpuset(directory, "cpuset.cpus")
+                inherit_cpuset(directory, "cpuset.mems")
+            self.set_limits(directory)
+            joins = ["tasks 0"]  # there who moves only a thread, itself, is spared the wait of hurry_join()
         for file, text in map(str.split, joins):
             fd = call("open", f"{directory}/{file}", "O_WRONLY|O_CLOEXEC", why="for init: it sees no path")
             self.joins.append((fd, text.encode()))
@@ -902,12 +897,9 @@ class Cgroup:
     def find_parent(self, options):
         """Return the cgroup below which ours goes."""
         if options.cgroup_parent:
-            parent = self.top + options.cgroup_parent
-            if not os.path.isdir(parent):
-                raise PermissionError(errno.EACCES, f"there is no {parent}: mkdir makes a cgroup")
-            return parent
+            return self.top + options.cgroup_parent
         level = self.own
-        if self.version == 1:
+        if not self.is_v2:
             return level
         while level != self.top and not is_delegated(level):
             level = os.path.dirname(level)
@@ -928,7 +920,7 @@ class Cgroup:
             try:
                 # some could be handed down, but that would make the cgroup "threaded" for those processes.
                 # The root of a cgroup namespace may have some, too; the true root, which may, has no type
-                if os.path.exists(f"{level}/cgroup.type") and read_file(f"{level}/cgroup.procs", "who is in"):
+                if exists(f"{level}/cgroup.type") and read_file(f"{level}/cgroup.procs", "who is in"):
                     raise OSError(errno.EBUSY, f"{level} has processes, so it can hand nothing down")
                 write_file(f"{level}/cgroup.subtree_control", f"+{controller}", "hand the controller down")
             except FileNotFoundError:  # it has not come down to here
@@ -939,16 +931,17 @@ class Cgroup:
     def set_limits(self, directory):
         """Write each limit and read it back: a value that the kernel changed is not the one asked for."""
         for name, (_, file, value) in list(self.limits.items()):
-            path, is_list = f"{directory}/{file}", name.startswith("--cpuset")
+            path = f"{directory}/{file}"
             try:
                 write_file(path, value, f"set {name}")
             except FileNotFoundError:  # no controller; or swap, which --memory limits, too, is not counted
                 del self.limits[name]
                 continue
-            if is_list and self.version == 2:
+            if "cpuset" in name and self.is_v2:
                 path += ".effective"
-            back = read_file(path, "read it back").strip()
-            if back != value and not (is_list and parse_list(back) == parse_list(value)):
+            back = read_file(path, "read it back").split()[0]  # in cpu.max the period follows
+            meaning = parse_list if "cpuset" in name else str
+            if meaning(back) != meaning(value):
                 raise Failure(f"{name}: the kernel set {back} instead of {value} in {path}")
 
     def hurry_join(self):
@@ -958,20 +951,20 @@ class Cgroup:
         go of what it was reading; one soon after does not. So run() writes itself into the cgroup that it is
         in, which changes nothing.
         """
-        if self.version == 2:
-            path = f"{self.leaf or self.own}/cgroup.procs"  # where it is not ours, init will wait
-            attempt(write_file, path, "0", "let the kernel get ready for init's move")
+        if self.is_v2:
+            attempt(write_file, f"{self.leaf or self.own}/cgroup.procs", "0",  # not ours: init will wait
+                    "let the kernel get ready for init's move")
 
     def end(self):
         """Say which limits were hit, as that a child was killed is easily overlooked; remove the cgroup."""
         pids, memory = self.limits.get("--pids-limit"), self.limits.get("--memory")
         if pids and self.count("pids.events", "max"):
             log.warning(f"pids limit: the kernel refused forks at the limit of {pids[2]} processes")
-        events = "memory.oom_control" if self.version == 1 else "memory.events"
+        events = "memory.events" if self.is_v2 else "memory.oom_control"
         killed = memory and self.count(events, "oom_kill")
         if killed:
             where = f"{int(memory[2]) / 2**20:.10g} MiB limit"
-            if self.version == 2 and not self.count(events, "oom"):
+            if self.is_v2 and not self.count(events, "oom"):
                 where = "limit of a cgroup above"  # of a service, or a job
             log.warning(f"out of memory: the kernel killed {killed} process{'es' * (killed > 1)} at the "
                         f"{where}; files in the writable layer and /dev/shm count, too: --upperdir and -v "
@@ -980,11 +973,9 @@ class Cgroup:
 
     def count(self, file, event):
         """Return how often it has happened. Older kernels count where the process is, newer at the limit."""
-        most = 0
-        for place in self.directory, f"{self.directory}/container":
-            text = attempt(read_file, f"{place}/{file}", "what happened") or ""
-            most = max(most, int(dict(map(str.split, text.splitlines())).get(event, 0)))
-        return most
+        texts = [attempt(read_file, f"{self.directory}{place}/{file}", "what happened") or ""
+                 for place in ("", "/container")]
+        return max(int(dict(map(str.split, text.splitlines())).get(event, 0)) for text in texts)
 
     def leave_leaf(self):
         """Go back to where we were: a cgroup that hands something down takes no process."""
@@ -1008,7 +999,7 @@ def claim(directory):
 
 def lock_cgroup(directory, how):
     """Return a descriptor that holds the lock of a cgroup. See flock(2)."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(directory, os.O_RDONLY)
     try:
         call("flock", fd, how, why="alive is who holds the lock")
         os.stat("cgroup.procs", dir_fd=fd)  # FileNotFoundError: the cgroup was removed meanwhile
@@ -1018,22 +1009,21 @@ def lock_cgroup(directory, how):
     return fd
 
 
-def sweep(directory):
+def sweep(parent, directory):
     """Remove what killed runs have left: one of this name, and a few others, lest a crowd slow the start."""
-    parent, own = os.path.split(directory)
-    found = [entry for entry in os.listdir(parent) if entry.startswith("mydocker-")]
-    for entry in [own, *sorted(found, key=hash)[:4]]:  # by hash: others in each run, so all get their turn
-        fd = attempt(lock_cgroup, f"{parent}/{entry}", "LOCK_EX|LOCK_NB")
+    found = {f"{parent}/{entry}" for entry in attempt(os.listdir, parent) or ()  # None: claim() will say why
+             if entry.startswith("mydocker-")}
+    for path in [directory, *found][:5]:  # a set has another order in each run, so all get their turn
+        fd = attempt(lock_cgroup, path, "LOCK_EX|LOCK_NB")
         if fd:
-            attempt(remove_cgroup, f"{parent}/{entry}")  # a busy one stays
+            attempt(remove_cgroup, path)  # a busy one stays
             os.close(fd)
 
 
 def remove_cgroup(directory):
     """Remove a cgroup and, on v2, the one below it."""
-    if os.path.exists(f"{directory}/container"):
-        call("rmdir", f"{directory}/container", why="remove the cgroup of the processes")
-    call("rmdir", directory, why="remove the container's cgroup")
+    for place in filter(exists, (f"{directory}/container", directory)):
+        call("rmdir", place, why="remove the container's cgroup")
 
 
 def is_delegated(cgroup):
@@ -1043,8 +1033,8 @@ def is_delegated(cgroup):
     """
     if os.geteuid():
         return os.access(f"{cgroup}/cgroup.subtree_control", os.W_OK)
-    marks = {"trusted.delegate", "user.delegate"}
-    return os.stat(cgroup).st_uid == 0 and not marks.isdisjoint(os.listxattr(cgroup))
+    return os.stat(cgroup).st_uid == 0 and not (
+        {"trusted.delegate", "user.delegate"}.isdisjoint(os.listxattr(cgroup)))
 
 
 def inherit_cpuset(directory, file):
@@ -1341,7 +1331,7 @@ def place_cgroups(cgroups):
     top = "/sys/fs/cgroup"
     if not (cgroups or exists(top)):  # the kernel has none
         return
-    alone = [cgroup.version for cgroup in cgroups] == [2]  # it is shown at the top itself
+    alone = [cgroup.is_v2 for cgroup in cgroups] == [True]  # it is shown at the top itself
     if not alone:  # also where there is none: that hides the host's, which --network host shows
         mount("tmpfs", top, INERT, "mode=755,size=64k", "a place for each hierarchy")
     for cgroup in cgroups:
@@ -1647,7 +1637,7 @@ def join_cgroups(options, cgroups):
         try:
             call("write", *cgroup.joins.pop(0), why=why)
         except OSError as error:  # v1's cpu lets no real-time caller in; that matters to who asked for it
-            if options.asked & {*cgroup.limits} or cgroup.version == 2 or error.errno != errno.EINVAL:
+            if options.asked & {*cgroup.limits} or cgroup.is_v2 or error.errno != errno.EINVAL:
                 raise
     call("unshare", "CLONE_NEWCGROUP", why="the root of a cgroup namespace is the cgroup it is made in")
     for cgroup in cgroups:
