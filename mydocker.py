@@ -575,7 +575,7 @@ def parse_size(text):
     number = text.rstrip("kmgt")
     size = parse_number(number, 0.0, math.inf)
     size *= 1024 ** " k m g t".split(" ").index(text.removeprefix(number))
-    return int(check(PAGE <= size < 1 << 63, size)) // PAGE * PAGE  # the kernel counts whole pages
+    return math.ceil(check(PAGE <= size < 1 << 63, size) / PAGE) * PAGE  # the kernel counts whole pages
 
 
 def parse_list(text):
