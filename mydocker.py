@@ -575,7 +575,7 @@ def parse_size(text):
     number = text.rstrip("kmgt")
     size = parse_number(number, 0.0, math.inf)
     size *= 1024 ** " k m g t".split(" ").index(text.removeprefix(number))
-    return math.ceil(check(PAGE <= size < 1 << 63, size) / PAGE) * PAGE  # the kernel counts whole pages
+    return math.ceil(check(1 <= size < 1 << 63, size) / PAGE) * PAGE  # the kernel counts whole pages
 
 
 def parse_list(text):
@@ -1022,8 +1022,9 @@ def sweep(parent, directory):
 
 def remove_cgroup(directory):
     """Remove a cgroup and, on v2, the one below it."""
-    for place in filter(exists, (f"{directory}/container", directory)):
-        call("rmdir", place, why="remove the container's cgroup")
+    if os.path.exists(f"{directory}/container"):
+        call("rmdir", f"{directory}/container", why="remove the cgroup of the processes")
+    call("rmdir", directory, why="remove the container's cgroup")
 
 
 def is_delegated(cgroup):
