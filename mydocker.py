@@ -65,7 +65,6 @@ EXIT_MYDOCKER, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 125, 126, 127,
 
 # ---- The story: run, init, main ------------------------------------------------------------------
 
-
 def run(options, argv):
     """Run `argv` in a new container; return docker run's exit status. Raises Failure, OSError."""
     prepare(options)
@@ -105,7 +104,6 @@ def run(options, argv):
     status = os.waitstatus_to_exitcode(wstatus)
     return status if status >= 0 else EXIT_SIGNAL - status
 
-
 def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
     """Turn this process, just forked into a new pid namespace, into the container. It returns by raising."""
     log.side = "init"
@@ -134,7 +132,8 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
     rootfs.furnish()
     uid, gid, groups, home = find_user(options)
     enter_workdir(options)
-    rootfs.freeze()
+    for fd in rootfs.to_freeze:  # now that mount points and workdir are there; what is mounted below stays
+        set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only")
     env = environment(options, home)
     places = find_command(argv[0], env.get("PATH", DEFAULT_PATH))
     join_cgroups(options, cgroups)
@@ -144,7 +143,6 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
         raise BrokenPipeError  # no reader: run() died before PR_SET_PDEATHSIG was set again
     os.umask(0o022)
     execute(options, argv, places, env, caller_mask)
-
 
 def main(words):
     """Be the program; return its exit status."""
@@ -253,15 +251,13 @@ COLUMN = ARCHITECTURE != 0xC000003E
 NAMES = {**vars(os), **vars(fcntl), **vars(termios), **vars(signal)}
 for row in """
 0=0 CLONE_NEWNS=0x20000 CLONE_NEWCGROUP=0x2000000 CLONE_NEWUTS=0x4000000 CLONE_NEWIPC=0x8000000
-CLONE_NEWUSER=0x10000000 CLONE_NEWPID=0x20000000 CLONE_NEWNET=0x40000000
-MS_RDONLY=0x1 MS_NOSUID=0x2 MS_NODEV=0x4 MS_NOEXEC=0x8 MS_REC=0x4000
-MS_PRIVATE=0x40000 MS_STRICTATIME=0x1000000 MNT_DETACH=0x2 OPEN_TREE_CLONE=0x1 OPEN_TREE_CLOEXEC=0o2000000
-MOUNT_ATTR_RDONLY=0x1 MOUNT_ATTR_NOSUID=0x2 MOUNT_ATTR_NODEV=0x4 MOUNT_ATTR_NOEXEC=0x8
-MOVE_MOUNT_F_EMPTY_PATH=0x4 MOVE_MOUNT_T_EMPTY_PATH=0x40
-AT_FDCWD=-100 AT_EMPTY_PATH=0x1000 AT_RECURSIVE=0x8000
-RESOLVE_NO_MAGICLINKS=0x2 RESOLVE_NO_SYMLINKS=0x4 RESOLVE_IN_ROOT=0x10
-PR_SET_PDEATHSIG=1 PR_SET_SECCOMP=22 PR_CAPBSET_DROP=24 PR_SET_NO_NEW_PRIVS=38 SECCOMP_MODE_FILTER=2
-PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_O_TRACEEXEC=0x10
+CLONE_NEWUSER=0x10000000 CLONE_NEWPID=0x20000000 CLONE_NEWNET=0x40000000 MS_RDONLY=0x1 MS_NOSUID=0x2
+MS_NODEV=0x4 MS_NOEXEC=0x8 MS_REC=0x4000 MS_PRIVATE=0x40000 MS_STRICTATIME=0x1000000 MNT_DETACH=0x2
+OPEN_TREE_CLONE=0x1 OPEN_TREE_CLOEXEC=0o2000000 MOUNT_ATTR_RDONLY=0x1 MOUNT_ATTR_NOSUID=0x2
+MOUNT_ATTR_NODEV=0x4 MOUNT_ATTR_NOEXEC=0x8 MOVE_MOUNT_F_EMPTY_PATH=0x4 MOVE_MOUNT_T_EMPTY_PATH=0x40
+AT_FDCWD=-100 AT_EMPTY_PATH=0x1000 AT_RECURSIVE=0x8000 RESOLVE_NO_MAGICLINKS=0x2 RESOLVE_NO_SYMLINKS=0x4
+RESOLVE_IN_ROOT=0x10 PR_SET_PDEATHSIG=1 PR_SET_SECCOMP=22 PR_CAPBSET_DROP=24 PR_SET_NO_NEW_PRIVS=38
+SECCOMP_MODE_FILTER=2 PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_O_TRACEEXEC=0x10
 KEYCTL_JOIN_SESSION_KEYRING=1 RLIMIT_NPROC=6 AF_INET=2 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
 TIOCSPTLCK=0x40045431
 """.split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h ptrace.h keyctl.h, <asm/ioctls.h>
@@ -288,7 +284,6 @@ def value_of(arg, letter="i"):
         return arg
     return sum(NAMES[name] for name in {*arg.split("|")}) if letter in "iL" else os.fsencode(arg)
 
-
 def show(arg, letter=" "):
     """Return one argument or result of a call as a C programmer would write it."""
     if arg is None:
@@ -303,14 +298,12 @@ def show(arg, letter=" "):
         text = f'"{words}"' if words.isprintable() and words else f"<struct of {len(arg)} bytes>"
     return text if len(text) <= 200 else text[:197] + "..."
 
-
 def call(name, *args, why):
     """Make the system call `name`, return its result; raise OSError, whose text says what it was for.
 
     `why` is what --explain says of the call, and how the message begins if it fails. What changes something
     outside this process comes through here, so --explain shows it. Where the call takes a number, str names
-    flags; elsewhere it becomes bytes as by os.fsencode.
-    """
+    flags; elsewhere it becomes bytes as by os.fsencode."""
     letters, *numbers = _PROTOTYPES.get(name, "ssss").split(":")
     raw = map(value_of, args, letters)
 
@@ -338,7 +331,6 @@ def call(name, *args, why):
     if log.explain:
         tell(show(result or 0))
     return result
-
 
 def call_libc(name, *args):
     """Make a call by libc, raise OSError at -1. A number fills a register: C takes of it what it needs."""
@@ -378,7 +370,6 @@ def attempt(step, *args, only="", **keywords):
         if only and errno.errorcode.get(error.errno) not in only.split():
             raise
 
-
 def be_child(unwanted, step, *args):
     """Be the child of a fork: close what is the parent's, take a step that ends by execve, or tell why."""
     status = EXIT_MYDOCKER
@@ -393,18 +384,15 @@ def be_child(unwanted, step, *args):
     finally:
         os._exit(status)  # a child that went on would clean up for the parent
 
-
 def mount(fstype, target, flags, data, why):
     """Attach a new filesystem. See mount(2)."""
     if len(os.fsencode(data)) >= PAGE:  # the kernel would cut it off unsaid
         raise Failure(f"{why}: mount(2) takes no more than a page of options: too many, or too long")
     call("mount", fstype, target, fstype, flags, data, why=why)
 
-
 def at(fd):
     """Return a path to what `fd` refers to; it has no comma or colon for overlay to take for its own."""
     return f"/proc/self/fd/{fd}"
-
 
 def read_file(path, why):
     """Return the text of a file, or what comes through a pipe until EOF."""
@@ -415,13 +403,11 @@ def read_file(path, why):
     os.close(fd)
     return os.fsdecode(data)
 
-
 def write_file(path, value, why):
     """Write `value` to an existing file, in a single write(2), as files of the kernel require."""
     fd = call("open", path, "O_WRONLY|O_CLOEXEC", why=why)
     call("write", fd, value.encode(), why=f"{why} ({path})")
     os.close(fd)
-
 
 def poll(interests, seconds):
     """Wait until one of the descriptors is ready, but no longer than that; return what is. See poll(2)."""
@@ -430,12 +416,8 @@ def poll(interests, seconds):
         waiter.register(*interest)
     return dict(waiter.poll(min(max(0, seconds * 1000), 1 << 30)))
 
-
 def open_unblocked(fd):
-    """Return another descriptor for `fd`; if it is a terminal, one by which nobody waits for it.
-
-    Opened anew, because O_NONBLOCK on the caller's own would be seen by all who share it.
-    """
+    """Return a descriptor like `fd`. A terminal is opened anew: O_NONBLOCK is seen by all who share one."""
     return os.isatty(fd) and attempt(os.open, at(fd), value_of("O_RDWR|O_NOCTTY|O_NONBLOCK")) or os.dup(fd)
 
 
@@ -562,12 +544,10 @@ def check(good, value=None):
         raise ValueError
     return value
 
-
 def parse_number(text, low, high):
     """Return a number of the type of `low`, in plain digits: int() and float() take more than that."""
     number = type(low)(text)
     return check(low <= number <= high and not text.strip("-.0123456789") and not text.endswith("."), number)
-
 
 def parse_size(text):
     """Return the bytes that `text` stands for: 100m, 1.5g, 64MiB, 1048576."""
@@ -576,7 +556,6 @@ def parse_size(text):
     size = parse_number(number, 0.0, math.inf)
     size *= 1024 ** " k m g t".split(" ").index(text.removeprefix(number))
     return math.ceil(check(1 <= size < 1 << 63, size) / PAGE) * PAGE  # the kernel counts whole pages
-
 
 def parse_list(text):
     """Return the numbers of a list such as 0-1,3. See cpuset(7), "List format"."""
@@ -587,7 +566,6 @@ def parse_list(text):
         numbers.update(range(low, parse_number(last if dash else first, low, 65535) + 1))
     return numbers
 
-
 def parse_ulimit(text):
     """Return (name, struct rlimit) of NAME=SOFT[:HARD]; -1 is RLIM_INFINITY."""
     name, _, values = text.partition("=")
@@ -595,11 +573,9 @@ def parse_ulimit(text):
     check(name in RESOURCES and limits == sorted(limits))
     return name, struct.pack("2Q", limits[0], limits[-1])
 
-
 def parse_inside(text):
     """Return an absolute path in the container."""
     return check(text.startswith("/"), os.path.normpath("/" + text.lstrip("/")))
-
 
 def parse_volume(text):
     """Return (target, source, flags) of SRC:DST[:ro|rw|z|Z,...]; a colon in SRC is part of its name."""
@@ -609,7 +585,6 @@ def parse_volume(text):
     source, _, target = rest.rpartition(":")
     return parse_inside(target), check(source, source), "MOUNT_ATTR_RDONLY" if "ro" in mode else "0"
 
-
 def parse_tmpfs(text):
     """Return (target, mount flags, options) of DST[:OPTIONS]; tmpfs(5) lists them, the kernel checks them."""
     target, _, rest = text.partition(":")
@@ -618,17 +593,14 @@ def parse_tmpfs(text):
     flags = [f"MS_{words.pop(name).upper()}" for name in "exec suid dev".split()]
     return parse_inside(target), "|".join(filter(NAMES.get, flags)) or "0", ",".join(words.values())
 
-
 def parse_device(text):
     """Return (target, source) of SRC[:DST[:rwm]]; other permissions would take a controller of their own."""
     source, _, target = text.removesuffix(":rwm").partition(":")
     return parse_inside(target or source), check(source and ":" not in target, source)
 
-
 def parse_env(text):
     """Return K=V or K; no variable has an empty name, or a NUL."""
     return check(not text.startswith("=") and "\0" not in text, text)
-
 
 def parse_env_file(text):
     """Return the variables in a file, K=V or K, as docker reads it: nothing is quoted, # is a comment."""
@@ -636,13 +608,11 @@ def parse_env_file(text):
     words = [parse_env(word) for word in map(str.lstrip, lines) if word and word[0] != "#"]
     return check(all({" ", "\t"}.isdisjoint(word.partition("=")[0]) for word in words), words)
 
-
 def parse_host(text):
     """Return a line of /etc/hosts of NAME:IP."""
     name, _, address = text.partition(":")
     return check(address and not address.strip("0123456789abcdefABCDEF.:"),
                  f"{address}\t{parse_name(name)}\n")
-
 
 def parse_security(text):
     """Return a word of --security-opt, as far as it means something here; an older form has a colon."""
@@ -650,12 +620,10 @@ def parse_security(text):
     return check(text.startswith(("label=", "apparmor=")) or text in (
         "seccomp=unconfined no-new-privileges no-new-privileges=true no-new-privileges=false".split()), text)
 
-
 def parse_name(text, longest=200):
     """Return a name for the host or the cgroup: no slash, so it is no path; no newline, so no second line."""
     return check(text[:1].isalnum() and len(text) <= longest and not text.strip(
         "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"), text)
-
 
 def parse_capability(text):
     """Return the name of a capability as in CAPABILITIES, or ALL."""
@@ -678,10 +646,8 @@ PARSERS: "dict" = {
 
 
 def parse(words, options):
-    """Fill in the options and return the command of `run`, or none where help is asked for.
-
-    Not by argparse, which takes the command's own words for options (sh -c, stress -m) and costs 8 ms.
-    """
+    """Fill in the options and return the command of `run`, or none where help is asked for."""
+    # not by argparse, which takes the command's own words for options (sh -c, stress -m) and costs 8 ms
     while words and words[0].startswith("-") and words[0] != "-":
         word = words.pop(0)
         if word == "--help":
@@ -716,7 +682,6 @@ def parse(words, options):
     if not words:
         raise Failure("run: no command given", SEE_HELP)
     return words
-
 
 def prepare(options):
     """Refuse what cannot work, and fill in what follows from the rest, before anything is done."""
@@ -759,8 +724,7 @@ def make_cgroups(options, undo):
     """Make the container's cgroups with all limits; return those that init is to join.
 
     A controller (memory, cpu) bounds one resource. v1 has a tree of cgroups for each of them, v2 one for all;
-    a hybrid host has some of each. See cgroups(7).
-    """
+    a hybrid host has some of each. See cgroups(7)."""
     found = find_cgroups()
     joined, lost = [], {}  # lost: the limits that are not set yet, and whose they are
     for row in LIMITS.split("\n"):
@@ -795,12 +759,8 @@ def make_cgroups(options, undo):
             raise Failure(f"{name}: {why}", hint)
     return joined
 
-
 def find_cgroups():
-    """Return the hierarchies that we use: of each v1 controller, and that of v2 under "".
-
-    All of v1's, or a JVM ignores the limit that is there.
-    """
+    """Return the hierarchies that we use: all of v1's, or a JVM ignores the limit; v2's under ""."""
     found = {}
     for line in read_file("/proc/self/cgroup", "find the cgroups we are in").split("\n")[:-1]:
         _, controllers, path = line.split(":", 2)
@@ -814,7 +774,6 @@ def find_cgroups():
                 break
     return found
 
-
 def find_cgroup_mounts(controllers):
     """Yield where the hierarchy of these controllers may be mounted, and from which cgroup of it on."""
     for name in [f"/{controllers}"] if controllers else ["", "/unified"]:
@@ -823,7 +782,6 @@ def find_cgroup_mounts(controllers):
         if (fstype == ("cgroup" if controllers else "cgroup2")
                 and {*controllers.split(",")} <= {"", *words.split(",")}):
             yield point, root.rstrip("/")
-
 
 def limit_value(name, value, is_v2, memory):
     """Return what a row of LIMITS has as its value on cgroup v1 or v2."""
@@ -848,8 +806,7 @@ class Cgroup:
     killed run() left: by that, and not by a pid, runs of different pid namespaces know each other's.
     On v2 the processes are one level below, in mydocker-NAME/container: systemd rewrites its own
     cgroup.subtree_control at every daemon-reload, and controllers that are handed down no further, and with
-    them the limits, would vanish without a word ("top-down constraint" in cgroup-v2.rst).
-    """
+    them the limits, would vanish without a word ("top-down constraint" in cgroup-v2.rst)."""
 
     directory = leaf = ""
     problem = NO_CONTROLLER  # why a limit cannot be set, and the remedy
@@ -949,8 +906,7 @@ class Cgroup:
 
         The first write to any cgroup.procs waits 5 to 20 ms for an RCU grace period, until every CPU has let
         go of what it was reading; one soon after does not. So run() writes itself into the cgroup that it is
-        in, which changes nothing.
-        """
+        in, which changes nothing."""
         if self.is_v2:
             attempt(write_file, f"{self.leaf or self.own}/cgroup.procs", "0",  # not ours: init will wait
                     "let the kernel get ready for init's move")
@@ -996,7 +952,6 @@ def claim(directory):
         attempt(call, "rmdir", directory, why="it cannot be locked")
         raise
 
-
 def lock_cgroup(directory, how):
     """Return a descriptor that holds the lock of a cgroup. See flock(2)."""
     fd = os.open(directory, os.O_RDONLY)
@@ -1008,7 +963,6 @@ def lock_cgroup(directory, how):
         raise
     return fd
 
-
 def sweep(parent, directory):
     """Remove what killed runs have left: one of this name, and a few others, lest a crowd slow the start."""
     found = {f"{parent}/{entry}" for entry in attempt(os.listdir, parent) or ()  # None: claim() will say why
@@ -1019,24 +973,19 @@ def sweep(parent, directory):
             attempt(remove_cgroup, path)  # a busy one stays
             os.close(fd)
 
-
 def remove_cgroup(directory):
     """Remove a cgroup and, on v2, the one below it."""
     if os.path.exists(f"{directory}/container"):
         call("rmdir", f"{directory}/container", why="remove the cgroup of the processes")
     call("rmdir", directory, why="remove the container's cgroup")
 
-
 def is_delegated(cgroup):
-    """Tell whether a v2 cgroup was handed over to be divided: systemd gives a user what belongs to that user.
-
-    For root, to whom everything is writable, it marks what it gave away by Delegate=yes.
-    """
-    if os.geteuid():
+    """Tell whether a v2 cgroup was handed over to be divided."""
+    if os.geteuid():  # by systemd, to a user whom it then belongs to
         return os.access(f"{cgroup}/cgroup.subtree_control", os.W_OK)
+    # to root everything is writable, which proves nothing: what it gave away by Delegate=yes has a mark
     return os.stat(cgroup).st_uid == 0 and not (
         {"trusted.delegate", "user.delegate"}.isdisjoint(os.listxattr(cgroup)))
-
 
 def inherit_cpuset(directory, file):
     """Return what is in a file of a v1 cpuset, filled from the one above: an empty cpuset lets nobody in."""
@@ -1087,14 +1036,13 @@ class Rootfs:
 
     The new root is mounted over "/". That covers nothing from us: a path still begins below it, and "/.."
     climbs on top. What is wanted of the host is cloned; a clone is a mount that is attached nowhere yet. It
-    gets its flags while nobody can see it, and is attached to a descriptor: no rename can lead it elsewhere.
-    """
+    gets its flags while nobody can see it, and is attached to a descriptor: no rename leads it elsewhere."""
 
     def __init__(self, options):
         self.options = options
         self.bound = options.rootless and not options.rootfs
         self.nodev = "0" if options.privileged else "MS_NODEV"  # wherever a device node could be made
-        self.to_freeze: "list[int]" = []
+        self.to_freeze: "list[int]" = []  # the roots of overlays that are to be read-only
         # what furnish() attaches: (why, target, how to make it, flags of a tmpfs or a clone, options or None)
         self.mounts: "list" = [(f"--tmpfs {target}", target, "mkdir", flags, data)
                                for target, flags, data in options.tmpfs]
@@ -1103,8 +1051,7 @@ class Rootfs:
         """Assemble the root, make it "/", let go of the host's.
 
         pivot_root(".", ".") takes the directory we stand in for both arguments: it becomes the root, and the
-        old root is stacked on top of it, for umount2(".") to find. See pivot_root(2).
-        """
+        old root is stacked on top of it, for umount2(".") to find. See pivot_root(2)."""
         nodev = "0" if self.options.privileged else "MOUNT_ATTR_NODEV"
         for target, source, flags in self.options.volume:  # before anything of ours is mounted in there
             why = f"--volume {source}:{target}"
@@ -1130,10 +1077,8 @@ class Rootfs:
                           "unshare --mount, bind the chroot on itself, and pivot_root into it")
 
     def mount_bound_view(self):
-        """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them.
-
-        In a user namespace they hang together: what is not to be seen cannot be left out, but covered.
-        """
+        """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them."""
+        # in a user namespace they hang together: what is not to be seen cannot be left out, but covered
         log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
         rows = list(read_mountinfo())  # as long as each is there but once
         attach(clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV"),
@@ -1197,8 +1142,7 @@ class Rootfs:
         """Mount on `target` the directories `lowers`, topmost first, with a writable layer for `path`.
 
         What is written goes to upperdir; in workdir overlay prepares a file before it moves it there. None is
-        named so that it could bring in an option of its own. See overlayfs.rst of the kernel.
-        """
+        named so that it could bring in an option of its own. See overlayfs.rst of the kernel."""
         name = path.translate(str.maketrans({"%": "%25", "/": "%2F", ",": "%2C", "\\": "%5C"}))
         layers = [f"{at(self.layer)}/upper{name}", *map(at, lowers)]
         upper, work = self.make_below(layers), self.make_below([f"{at(self.layer)}/work{name}"])
@@ -1212,8 +1156,7 @@ class Rootfs:
     def fill_layer(self, layers):
         """Put the container's own /etc/hosts, hostname and resolv.conf into the layer, before it is one.
 
-        There they replace what the image has, even a link that leads nowhere; where that cannot be, it stays.
-        """
+        There they replace what the image has, even a link to nowhere; where that cannot be, it stays."""
         options = self.options
         etc = self.make_below(layers, "/etc")
         texts = {"hostname": options.hostname + "\n", "resolv.conf": "",
@@ -1229,21 +1172,19 @@ class Rootfs:
             fd = attempt(call, "open", place, "O_WRONLY|O_CREAT|O_EXCL", 0o644, why=why, only="EEXIST")
             if fd:  # else it is a directory of the user's
                 call("write", fd, os.fsencode(text), why=why)
+                os.close(fd)
         # in a directory whose owner does not exist in our user namespace, overlay lets nobody make anything
         for target in [*options.targets, options.workdir or "/"] if options.rootless else ():
             self.make_below(layers, os.path.dirname(target))
 
     def make_below(self, layers, path=""):
-        """Make a directory in the layer, the first of `layers`, like the next that has it, and return where.
-
-        Or "", where something else is in the way: a link could lead out.
-        """
+        """Make a directory in the layer, layers[0], like the next that has it; return where, or ""."""
         place = layers[0] + path
         statuses = [attempt(os.lstat, f"{layer}/.{path}") for layer in layers]
         below = next(filter(None, statuses), None)
         if below and not stat.S_ISDIR(below.st_mode) or (
                 path and not self.make_below(layers, path.rpartition("/")[0])):
-            return ""
+            return ""  # something else is in the way; a link could lead out
         if not statuses[0]:
             call("mkdir", place, 0o755, why="a directory of the layer")
             if below:  # the merged directory has the owner and the mode of the topmost
@@ -1271,12 +1212,11 @@ class Rootfs:
         """Fill /dev with what all have and --device asks for.
 
         As root a node is our own, on a tmpfs that may have some: chmod and chown inside do not reach the
-        host's. Without root none can be made; there the host's belong to somebody else.
-        """
+        host's. Without root none can be made; there the host's belong to somebody else."""
         for target, path in [*zip(DEVICES, DEVICES), *self.options.device]:
-            why, status = f"--device {path}", os.stat(path)
+            why, status = f"the device {path}", os.stat(path)
             if not status.st_rdev:
-                raise Failure(f"{why}: it is no device")
+                raise Failure(f"--device {path}: it is no device")
             if not self.options.rootless:
                 mode = status.st_mode | (0o666 if path in DEVICES else 0)
                 path = f"{at(self.memory)}/{path.replace('/', '%')}"
@@ -1318,13 +1258,8 @@ class Rootfs:
             if data is None:
                 attach(source, place, why)
             else:
-                data = f"mode={status.st_mode if status else 0o1777:o},{data}"
+                data = f"mode={status.st_mode & 0o7777 if status else 0o1777:o},{data}"
                 mount("tmpfs", at(place), f"{source}|{self.nodev}", data, why)
-
-    def freeze(self):
-        """Make the root read-only, if it is to be: the root alone, not what is mounted below it."""
-        for fd in self.to_freeze:
-            set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only")
 
 
 def place_cgroups(cgroups):
@@ -1343,11 +1278,9 @@ def place_cgroups(cgroups):
     if not alone:
         set_attributes(open_path(top, "where they are"), "MOUNT_ATTR_RDONLY", "it is complete")
 
-
 def open_path(path, why, flags=""):
     """Return an O_PATH descriptor: it names the place from now on, whatever becomes of the name."""
     return call("open", path, flags + "O_PATH|O_CLOEXEC", why=why)
-
 
 def clone_tree(path, why, flags="", recursive="AT_RECURSIVE"):
     """Return a copy of the mount at `path`, with all below; attached nowhere yet. See open_tree(2)."""
@@ -1356,19 +1289,16 @@ def clone_tree(path, why, flags="", recursive="AT_RECURSIVE"):
         set_attributes(fd, flags, why, recursive)
     return fd
 
-
 def set_attributes(fd, flags, why, recursive="0"):
     """Add flags to the mount behind `fd`, and to all below it if recursive. See mount_setattr(2)."""
     attributes = struct.pack("4Q", value_of(flags), 0, 0, 0)  # set, clear, propagation, userns
     call("mount_setattr", fd, "", f"AT_EMPTY_PATH|{recursive}", attributes, 32, why=f"{why} ({flags})")
-
 
 def attach(clone, place, why):
     """Attach what clone_tree() returned to what `place` refers to; close both. See move_mount(2)."""
     call("move_mount", clone, "", place, "", "MOVE_MOUNT_F_EMPTY_PATH|MOVE_MOUNT_T_EMPTY_PATH", why=why)
     os.close(clone)
     os.close(place)
-
 
 def hide(place, why):
     """Cover a directory with an empty one, anything else with the null device."""
@@ -1378,14 +1308,12 @@ def hide(place, why):
     else:
         attach(clone_tree("/dev/null", why), place, why)
 
-
 def open_inside(path, why, create="", root="AT_FDCWD"):
     """Return an O_PATH descriptor for `path`, every symlink resolved inside the root, or refused.
 
     `create` is the call that makes it if it is missing: mkdir, or for a file mknod.
     The root is where we stand, "/"; a magic link of /proc (/proc/self/root, an open descriptor) is refused:
-    no image, no volume leads a mount elsewhere. Or it is `root`, for paths without a symlink. See openat2(2).
-    """
+    no image, no volume leads a mount elsewhere. Or it is `root`, for paths without links. See openat2(2)."""
     refused = "RESOLVE_NO_MAGICLINKS" if root == "AT_FDCWD" else "RESOLVE_NO_SYMLINKS"
     how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, value_of(f"RESOLVE_IN_ROOT|{refused}"))
     place = f"{why}: {path} in the container"
@@ -1403,11 +1331,9 @@ def open_inside(path, why, create="", root="AT_FDCWD"):
     os.close(fd)
     return open_inside(os.path.join(above, link or name), why, create, root)
 
-
 def exists(path):
     """Tell whether `path` exists. os.path.exists() says no to every error: a path to hide would stay."""
     return bool(attempt(os.stat, path, only="ENOENT ENOTDIR"))
-
 
 def read_mountinfo():
     """Yield (id, device, root, mount point, type, its options) of each mount. See proc_pid_mountinfo(5)."""
@@ -1418,12 +1344,10 @@ def read_mountinfo():
         fstype, _, words = paths[paths.index("-") + 1 :][:3]
         yield number, device, root, point, fstype, words
 
-
 def mount_id(fd):
     """Return the number that mountinfo gives the mount that `fd` is in. See proc_pid_fdinfo(5)."""
     # pos: 0 flags: 012000000 mnt_id: 29
     return read_file(f"/proc/self/fdinfo/{fd}", "which mount is this").split()[5]
-
 
 def is_below(path, places):
     """Tell whether `path` is one of `places` or somewhere below one."""
@@ -1469,6 +1393,7 @@ REFUSED_CALLS = {
         socket:41:198:16:equal:40 question:135:92:16:equal:0xFFFFFFFF
         personality:135:92:16:any_bit:0xFFFDFFF7 ioctl:16:29:24:equal:0x5412 ioctl:16:29:24:equal:0x541C""",
 }
+LAST_CALL = 466  # the newest that was looked at: a new one that is to be let through raises it
 
 
 def seccomp_filter(kept):
@@ -1476,19 +1401,18 @@ def seccomp_filter(kept):
 
     Classic BPF, <linux/bpf_common.h>, over struct seccomp_data: the number at offset 0, the architecture at
     4, six 64-bit arguments from 16. A step is what to do, how far to jump from the next step if true, if
-    false, and with which value. Calls that take a capability in `kept` are let through.
-    """
+    false, and with which value. Calls that take a capability in `kept` are let through."""
     # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_K and JEQ, JGE, JSET; BPF_RET and SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO
     words = {"load": 0x20, "equal": 0x15, "at_least": 0x35, "any_bit": 0x45, "return": 0x06,
              "ALLOW": 0x7FFF0000, "EPERM": 0x50001, "ENOSYS": 0x50026}
     # clone3 has its flags behind a pointer, which a filter cannot follow; on ENOSYS libc falls back to clone
     others = {"clone3": "return 0 0 ENOSYS", "question": "return 0 0 ALLOW"}
     # ENOSYS, for which libc has another way, is the answer to other architectures, and to what nobody has
-    # looked at here yet: from 467 on (x32's numbers too, which have bit 30 set), and in the gap before 424,
-    # from where on all machines share one numbering, as the kernel has begun to fill it
+    # looked at here yet: above LAST_CALL (x32's numbers too, which have bit 30 set), and in the gap before
+    # 424, from where on all machines share one numbering, as the kernel has begun to fill it
     program = [f"""load 0 0 4  equal 0 4 {ARCHITECTURE}
-                   load 0 0 0  at_least 2 0 467  at_least 0 2 {295 if COLUMN else 336}  at_least 1 0 424
-                   return 0 0 ENOSYS"""]
+                   load 0 0 0  at_least 2 0 {LAST_CALL + 1}  at_least 0 2 {295 if COLUMN else 336}
+                   at_least 1 0 424  return 0 0 ENOSYS"""]
     for capabilities, calls in REFUSED_CALLS.items():
         for row in calls.split() if kept.isdisjoint(capabilities.split()) else ():
             name, *numbers = row.split(":")
@@ -1501,12 +1425,10 @@ def seccomp_filter(kept):
     values = [words.get(word) or int(word, 0) for word in text.split()]
     return struct.pack("HBBI" * (len(values) // 4), *values)  # struct sock_filter
 
-
 def read_inside(path):
     """Return the fields of a file like /etc/passwd inside, at least 6; none when there is no such file."""
-    try:
-        fd = open_inside(path, "look up the user")
-    except (FileNotFoundError, NotADirectoryError):
+    fd = attempt(open_inside, path, "look up the user", only="ENOENT ENOTDIR")
+    if not fd:
         return []
     status = os.fstat(fd)
     # to open a FIFO would be to wait for its writer, to read /proc/kmsg for the next message
@@ -1516,18 +1438,13 @@ def read_inside(path):
     return [f"{line}:::::".split(":") for line in read_file(at(fd), f"look up the user in {path}").split("\n")
             if "\0" not in line]
 
-
 def look_up(word, rows):
-    """Return the first row of this name; of this number, if it is one; or one that says nothing more."""
+    """Return the row of this name; of this number, which is never a name; or one that says nothing more."""
     column = 2 if word.isdecimal() else 0
     return next((row for row in rows if row[column] == word), [None, "", word, "0", "", "/"])
 
-
 def find_user(options):
-    """Return (uid, gid, supplementary groups, home) for --user, by the container's own files.
-
-    A number is looked up for its home and its groups, never as a name. See passwd(5), group(5).
-    """
+    """Return (uid, gid, groups, home) for --user, by the container's own files. See passwd(5), group(5)."""
     asked = f"--user {options.user or 0}"
     user, _, group = options.user.partition(":")
     name, _, user, gid, _, home, *_ = look_up(user or "0", read_inside("/etc/passwd"))
@@ -1548,13 +1465,11 @@ def find_user(options):
                       "with sudo there are all")
     return *ids[:2], groups, home or "/"
 
-
 def drop_privileges(options, uid, gid, groups):
     """Give up, for good, what the command is not to have. Runs in init, last before execve.
 
     Without no_new_privs the kernel takes a filter only from CAP_SYS_ADMIN; limits, groups and the bounding
-    set need what a change of user takes away. See credentials(7), capabilities(7).
-    """
+    set need what a change of user takes away. See credentials(7), capabilities(7)."""
     kept = set(CAPABILITY_NAMES if options.privileged or "ALL" in options.cap_add else DEFAULT_CAPABILITIES)
     if "ALL" in options.cap_drop:
         kept = set()
@@ -1564,8 +1479,7 @@ def drop_privileges(options, uid, gid, groups):
     for name, limit in options.ulimit:
         call("setrlimit", RESOURCES.index(name), limit, why=f"--ulimit {name}")
     if options.process_limit:  # refused where the caller's own is lower already
-        attempt(call, "setrlimit", "RLIMIT_NPROC", options.process_limit,
-                why="--pids-limit without a cgroup")
+        attempt(call, "setrlimit", "RLIMIT_NPROC", options.process_limit, why="there is no cgroup for it")
     if not options.privileged and "seccomp=unconfined" not in options.security_opt:
         program = ctypes.create_string_buffer(seccomp_filter(kept))
         # struct sock_fprog: how many steps, where they are
@@ -1603,8 +1517,7 @@ def leave_behind(uid, *kept):
     """Let go of root's keys, and of all descriptors but `kept` and 0 to 2, which the user may open by name.
 
     Close-on-exec would be too late: while execve looks up the command, its #! interpreter and its loader, a
-    symlink to /proc/self/fd/N could lead through a directory of the host that is open (CVE-2024-21626).
-    """
+    symlink to /proc/self/fd/N could lead through a directory of the host that is open (CVE-2024-21626)."""
     # a kernel built without keys, which has none to leak, says ENOSYS
     attempt(call, "keyctl", "KEYCTL_JOIN_SESSION_KEYRING", None, why="not the keyring of root", only="ENOSYS")
     for fd in range(3) if uid else ():
@@ -1617,7 +1530,6 @@ def leave_behind(uid, *kept):
             call("close_range", first, fd - 1, 0, why="nothing of ours or of the caller's is open inside")
         first = fd + 1
 
-
 def set_up_network(options):
     """Bring up lo, all that a new network namespace has; let everybody have port 80, ping. netdevice(7)."""
     call("ioctl", call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that"),
@@ -1626,13 +1538,11 @@ def set_up_network(options):
     attempt(write_file, "/proc/sys/net/ipv4/ping_group_range", "0 0" if options.rootless else "0 2147483647",
             "nobody is hurt by an echo; in a user namespace there is but one group")
 
-
 def join_cgroups(options, cgroups):
     """Enter the cgroups, then see them as the root of all cgroups. See cgroup_namespaces(7).
 
     Late, so that this interpreter is not charged and small limits work; before the command's first
-    instruction, so that no child of it can be outside.
-    """
+    instruction, so that no child of it can be outside."""
     for cgroup in cgroups:
         why = f'join the cgroup, "0" is the one who writes ({cgroup.directory})'
         try:
@@ -1644,10 +1554,8 @@ def join_cgroups(options, cgroups):
     for cgroup in cgroups:
         for join in cgroup.joins:  # --privileged on v2: that root is to be divided further
             call("write", *join, why=f"go below, and hand the controllers down ({cgroup.directory})")
-    for cgroup in cgroups:
         mount("cgroup" if cgroup.controllers else "cgroup2", at(cgroup.place),
               INERT if options.privileged else f"MS_RDONLY|{INERT}", cgroup.controllers, "its own alone")
-
 
 def attach_stdio(options, stdio):
     """Give the command 0 to 2: a terminal of its own, pipes to run(), or the caller's files."""
@@ -1665,7 +1573,6 @@ def attach_stdio(options, stdio):
     for target, fd in stdio.items():
         call("dup2", fd, target, why="stdin, stdout, stderr")
 
-
 def enter_workdir(options):
     """Stand where the command is to start: --workdir, or in host view the caller's directory."""
     chosen = options.workdir or ("/" if options.rootfs else "")
@@ -1680,7 +1587,6 @@ def enter_workdir(options):
         log.warning(f"the current directory {options.cwd or '(deleted)'} is not visible inside: "
                     "starting in /")
 
-
 def environment(options, home):
     """Return the command's environment: these and what --env names, nothing else of the caller's."""
     env = {"PATH": DEFAULT_PATH, "HOSTNAME": options.hostname, "TERM": "xterm" if options.tty else None}
@@ -1690,29 +1596,23 @@ def environment(options, home):
     env["HOME"] = env.get("HOME") or home
     return dict(row for row in env.items() if None not in row)  # None: by its name alone, and not there
 
-
 def find_command(command, path):
-    """Return where `command` may be, in each directory of `path` unless it has a slash: {place: interpreter}.
-
-    Done as root: the kernel reads the #! of a script that the command's user may not read.
-    """
+    """Return {where `command` may be: its interpreter}, in each directory of `path` unless it has a slash."""
+    # as root: the kernel reads the #! of a script that the command's user may not read
     places = [f"{place or '.'}/{command}" for place in path.split(":") if command]
     return {place: follow_interpreters(place) for place in ([command] if "/" in command else places)}
-
 
 def is_own_python(path):
     """Tell whether `path` is the program of this process: the same file, in no copy of the mount."""
     return os.path.samefile(path, "/proc/self/exe") and mount_id(open_path(path, "is it this program")) == (
         mount_id(open_path("/proc/self/exe", "is it this program")))
 
-
 def follow_interpreters(path):
     """Return the last program to which the #! of `path` leads, as the kernel reads it. See execve(2).
 
     Refuse the host's Python, which /proc/self/exe is until execve: the image's loader, in it, could hold it
     open and write to it when run() is gone (CVE-2019-5736). What is exchanged after this look, run() sees
-    when it holds the new program: Container.reap().
-    """
+    when it holds the new program: Container.reap()."""
     try:
         for _ in range(6):  # the kernel follows no more
             if is_own_python(path):
@@ -1732,12 +1632,10 @@ def follow_interpreters(path):
         pass  # what is not there, or cannot be read, leads nowhere
     return path
 
-
 def execute(options, argv, places, env, caller_mask):
     """Become the command, in one of `places`. Raises Failure when it cannot. See execve(2).
 
-    By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now.
-    """
+    By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now."""
     # execve hands on what is ignored: HUP as by the caller, who may be nohup, and no other. What is SIG_DFL,
     # or 0, stays: to set that again would discard a pending SIGCONT. Then the mask: before, a handler of
     # Python's would take a pending SIGINT
@@ -1763,15 +1661,12 @@ def execute(options, argv, places, env, caller_mask):
 
 # ---- Outside, the rest of run: Terminal, Container -----------------------------------------------
 
-
 def relay_terminals(options):
     """Return what the command gets in place of terminals at 0 to 2, without -t, and our ends of that.
 
     The caller's terminal never goes in: whoever holds one can read what is typed next, or change its mode.
-    We read it in the caller's job, so that job control holds: in the background the kernel stops us.
-    """
-    stdio: "dict[int, int]" = {}
-    ours = {}
+    We read it in the caller's job, so that job control holds: in the background the kernel stops us."""
+    stdio, ours = {}, {}
     for fd in range(3):
         if not options.tty and os.isatty(fd) and (fd or options.interactive):
             ends = call("pipe2", "O_CLOEXEC", why="in place of a terminal of the caller's")
@@ -1783,8 +1678,7 @@ def relay_terminals(options):
 class Terminal:
     """The outside end of the container's terminal, a pty: what is written to its master is read as if typed.
 
-    It is made in the container's own devpts, so that it has a name there. See pty(7), ioctl_tty(2).
-    """
+    It is made in the container's own devpts, so that it has a name there. See pty(7), ioctl_tty(2)."""
 
     saved = None  # the modes of the caller's terminal
     pause = 0.02  # seconds until the end of the input is typed again
@@ -1812,8 +1706,7 @@ class Terminal:
         """Type ^D, the end of the input, once all before it is read; return the seconds until the next try.
 
         Earlier, a line editor that changes the terminal's mode would lose it; just then it may, too: hence
-        again, at longer and longer intervals. The end of a file is there when it is read twice, after all.
-        """
+        again, at longer and longer intervals. The end of a file is there when it is read twice, after all."""
         if not any(call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read it all")):
             attempt(os.write, self.master, b"\x04")
             self.pause += 0.05
@@ -1849,8 +1742,7 @@ def watch_signals():
     """Block the signals that run() cares for; return (the mask before, a descriptor to read them from).
 
     Blocked, none can end run() between two steps, and none is lost between fork and exec. What the
-    caller ignores, as under nohup, stays ignored. See signalfd(2).
-    """
+    caller ignores, as under nohup, stays ignored. See signalfd(2)."""
     # with SIGCHLD ignored there is no word of the end; SIGXFSZ is ignored by Python itself
     for name in "SIGCHLD SIGWINCH SIGXFSZ".split():
         signal.signal(NAMES[name], signal.SIG_DFL)
@@ -1868,8 +1760,7 @@ class Container:
     What has to wait in its midst is a task, written as a generator: start() sends the command off, a relay()
     carries what comes from one descriptor to another. A task runs until it has to wait, and yields for what:
     (descriptor, event of poll(2)). wait() waits for all of them, and for signals, at once; for whom it has
-    come, resume() lets run on to the next yield. self.tasks are those that wait; one that returns is done.
-    """
+    come, resume() lets run on to the next yield. self.tasks are those that wait; one that returns is done."""
 
     terminal: "Terminal" = None
     wstatus = stopped_by = keys = None  # keys: the task of descriptor 0 with -ti
@@ -2051,7 +1942,6 @@ def enter_user_namespace():
     write_file("/proc/self/gid_map", f"0 {gid} 1", "in the user namespace group 0 is the caller's")
     write_file("/proc/self/uid_map", f"0 {uid} 1", "in the user namespace user 0 is the caller")
 
-
 def lock_upperdir(options):
     """Make what --upperdir needs and lock it until this process ends, however it ends. See flock(2)."""
     layer, why = f"{options.upperdir}/layer", f"--upperdir {options.upperdir}"
@@ -2062,7 +1952,6 @@ def lock_upperdir(options):
         raise Failure(f"{why}: {layer} is open to others, who could use its setuid programs: refused")
     call("flock", fd, "LOCK_EX|LOCK_NB", why=why)
     options.layer_lock = fd
-
 
 def write_pidfile(path, pid, undo):
     """Write the host's pid of PID 1 to a file that is locked, and so ours, until its removal at the end."""
@@ -2084,7 +1973,6 @@ def write_pidfile(path, pid, undo):
 
 # ---- Command line: print_help --------------------------------------------------------------------
 
-
 def print_help():
     """Describe the command line. argparse is imported here only: nothing else needs it."""
     import argparse
@@ -2098,7 +1986,6 @@ def print_help():
         parser.add_argument(*option.names, help=option.text.replace("%", "%%"), metavar=option.metavar,
                             action=argparse.Action, nargs=None if option.metavar else 0)
     print(parser.format_help(), end="", flush=True)  # by print_help, an error of stdout would be lost
-
 
 def main_after_script(*_):
     """Be the program as sys.excepthook, which Python calls when the script has been left."""
