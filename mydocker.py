@@ -199,7 +199,6 @@ class Log:
         self.fd = open_unblocked(2)
         if options.log_format == "json":
             import json  # 7 ms, for those who want it
-
             self.json = json
 
     def line(self, level, text):
@@ -1041,6 +1040,7 @@ class Rootfs:
     def __init__(self, options):
         self.options = options
         self.bound = options.rootless and not options.rootfs
+        self.own_mounts = OWN_MOUNTS + RUN * (not options.rootfs) + TMP * self.bound
         self.nodev = "0" if options.privileged else "MS_NODEV"  # wherever a device node could be made
         self.to_freeze: "list[int]" = []  # the roots of overlays that are to be read-only
         # what furnish() attaches: (why, target, how to make it, flags of a tmpfs or a clone, options or None)
@@ -1106,7 +1106,16 @@ class Rootfs:
             self.layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
             if not os.path.sameopenfile(self.layer, options.layer_lock):
                 raise Failure(f"--upperdir {options.upperdir}: its layer was exchanged meanwhile: refused")
-        self.mount_overlay(lowers, "", "/")
+        try:
+            self.mount_overlay(lowers, "", "/")
+        except OSError as error:
+            if error.errno != errno.EINVAL or options.rootfs or options.upperdir:
+                raise
+            log.warning("overlay does not take the host's / (casefolding, encrypted, on two overlays): it is "
+                        "read-only inside; /tmp and /run are its own")
+            attach(clone_tree("/", "the host's /", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV", "0"),
+                   open_path("/", "the root"), "over the old root")
+            self.own_mounts += TMP
         self.top = open_path("/..", "the new root, mounted over the old")
         self.to_freeze = [self.top] if options.read_only else []
         # a namespace just copied lists parents first
@@ -1196,8 +1205,7 @@ class Rootfs:
     def mount_own(self):
         """Mount what is the container's own; the kernel wants to see the host's /proc and /sys for that."""
         options = self.options
-        table = OWN_MOUNTS + RUN * (not options.rootfs) + TMP * self.bound
-        for row in table.format(
+        for row in self.own_mounts.format(
                 frozen="0" if options.privileged else "MS_RDONLY", nodev=self.nodev,
                 tty="" if options.rootless else ",gid=5", size=options.shm_size).split("\n"):
             point, fstype, flags, data, why = row.split(" ", 4)
@@ -1365,9 +1373,8 @@ CAPABILITY_NAMES = CAPABILITIES + ["NEWER"] * 23  # one for each of 64 bits
 # riscv64 and loongarch64 share one table). With any of the capabilities in the key it allows them. Some are
 # judged by the low 32 bits of an argument, as by the kernel: after the numbers its offset in struct
 # seccomp_data, and what is refused, a value or any of these bits. clone: all CLONE_NEW*, as root has powers
-# again in a user namespace of its own; socket: AF_ALG, AF_VSOCK, which no namespace divides; personality: all
-# but the question which it is, PER_LINUX, PER_LINUX32, UNAME26; ioctl: TIOCSTI, TIOCLINUX, which type into a
-# terminal
+# in a user namespace of its own; socket: AF_ALG, AF_VSOCK, which no namespace divides; personality: all but
+# the question which it is, PER_LINUX, PER_LINUX32, UNAME26; ioctl: TIOCSTI, TIOCLINUX, that type on terminals
 REFUSED_CALLS = {
     "SYS_ADMIN BPF": "bpf:321:280",
     "SYS_ADMIN PERFMON": "perf_event_open:298:241",
@@ -1633,9 +1640,8 @@ def follow_interpreters(path):
     return path
 
 def execute(options, argv, places, env, caller_mask):
-    """Become the command, in one of `places`. Raises Failure when it cannot. See execve(2).
-
-    By hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now."""
+    """Become the command, in one of `places`. Raises Failure when it cannot. See execve(2)."""
+    # by hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now
     # execve hands on what is ignored: HUP as by the caller, who may be nohup, and no other. What is SIG_DFL,
     # or 0, stays: to set that again would discard a pending SIGCONT. Then the mask: before, a handler of
     # Python's would take a pending SIGINT
@@ -1676,20 +1682,17 @@ def relay_terminals(options):
 
 
 class Terminal:
-    """The outside end of the container's terminal, a pty: what is written to its master is read as if typed.
-
-    It is made in the container's own devpts, so that it has a name there. See pty(7), ioctl_tty(2)."""
+    """The outside end of the container's terminal: what is written to a pty's master is read as if typed."""
 
     saved = None  # the modes of the caller's terminal
     pause = 0.02  # seconds until the end of the input is typed again
 
     def __init__(self, pid):
-        # by the root of the new process: no code of the container runs yet
+        # of the container's own devpts, so that it has a name there; no code of it runs yet. See ioctl_tty(2)
         place, flags = f"/proc/{pid}/root/dev/pts", "O_RDWR|O_NOCTTY|O_NONBLOCK|O_CLOEXEC"
         self.master = call("open", f"{place}/ptmx", flags, why="the master of a new pty, in its devpts")
         call("ioctl", self.master, "TIOCSPTLCK", bytes(4), why="unlock its other end, pts/0")
-        self.peer = call("open", f"{place}/0", flags,
-                         why="held, as the container may close its terminal and open it again")
+        self.peer = call("open", f"{place}/0", flags, why="held: it may be closed inside, and opened again")
         self.resize()
         if not os.isatty(0):
             log.warning("stdin is not a terminal: -t gives the command one all the same")
@@ -1725,11 +1728,6 @@ class Terminal:
             call("tcsetattr", 0, "TCSANOW", self.saved, why="put the caller's terminal back")
 
 
-def is_foreground():
-    """Tell whether the terminal at stdin listens to this job; if it is not our own it has no say."""
-    return attempt(os.tcgetpgrp, 0) in (None, os.getpgrp())
-
-
 # The first of these starts --stop-timeout: all that would end run(), by way of timers and limits, too
 STOPPING = "SIGTERM SIGINT SIGHUP SIGALRM SIGVTALRM SIGPROF SIGXCPU SIGIO SIGPWR".split()
 # What run() leaves to the kernel; as by docker run, neither they nor SIGCHLD and SIGWINCH are forwarded
@@ -1753,6 +1751,10 @@ def watch_signals():
     sigset = sum(1 << number - 1 for number in watched).to_bytes(128, "little")  # bit n-1 is signal n
     return caller_mask, call("signalfd", -1, sigset, "O_CLOEXEC", why="signals as something to poll for")
 
+def is_foreground():
+    """Tell whether the terminal at stdin listens to this job; if it is not our own it has no say."""
+    return attempt(os.tcgetpgrp, 0) in (None, os.getpgrp())
+
 
 class Container:
     """The container as seen from outside, while it runs: supervise() is the loop that waits for everything.
@@ -1771,8 +1773,7 @@ class Container:
         self.tasks: "dict" = {}  # by "start", or the caller's descriptor: (task, descriptor, event)
         # At its execve init is to stop before the new program's first instruction, and reap() looks what it
         # is. Where the kernel refuses that (we are traced ourselves, yama), start() looks as soon as it can
-        self.traced = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC",
-                              why="to see what it becomes before that can do anything")
+        self.traced = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC", why="to hold it")
 
     def supervise(self, argv, command_fd, ready_fd, ours):
         """Relay signals and terminals until the command has ended; return its wait status."""
@@ -1914,8 +1915,7 @@ class Container:
             if wstatus >> 16 == 4:  # PTRACE_EVENT_EXEC of <linux/ptrace.h>
                 self.refuse_python()
                 request = "PTRACE_DETACH"
-            # ESRCH: it was killed meanwhile
-            attempt(call, "ptrace", request, self.pid, 0, 0, why="let it go on", only="ESRCH")
+            attempt(call, "ptrace", request, self.pid, 0, 0, why="let it go on", only="ESRCH")  # or: killed
 
     def kill(self, message):
         """Kill the container, and say which step ended it: last, as stderr may be a stopped terminal."""
@@ -1976,7 +1976,6 @@ def write_pidfile(path, pid, undo):
 def print_help():
     """Describe the command line. argparse is imported here only: nothing else needs it."""
     import argparse
-
     parser = argparse.ArgumentParser(
         usage=f"{USAGE}, or mydocker.py --version", conflict_handler="resolve",  # -h is --hostname
         description="Run COMMAND in a new container; the first word that is no option begins it.",

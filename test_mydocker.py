@@ -2795,6 +2795,10 @@ def test_a_container_cannot_make_another_unless_it_is_privileged(mydocker):
     assert "unshare(CLONE_NEW" in result.err and "--privileged" in result.err
     if mydocker.uid == 0:
         assert mydocker.out("--privileged", *words, cwd="/") == "inner\n"
+        again, script = (PYTHON, program, "run"), "touch /x || touch /tmp/x && ls /tmp; stat -c %a /tmp"
+        third = mydocker("--privileged", *again, "--privileged", *again, *SH, script, cwd="/")
+        assert (third.status, third.out) == (0, "x\n1777\n")
+        assert "overlay does not take the host's /" in third.err and "Read-only file system" in third.err
 
 
 @once
