@@ -15,7 +15,7 @@ ask for. Two functions build one, joined by two pipes:
     (without root: a user namespace)
     unshare(CLONE_NEWPID), fork --------------> die with the parent
     supervise(): signals, terminal              unshare: mount, uts, ipc, net; every mount private
-    |                                           Rootfs.enter(): clones, overlay, pivot_root, /dev
+    |                                           Rootfs.enter(): clones, overlay, /dev, pivot_root
     | <------ "the terminal is there" --------- with -t
     send the command, close the pipe ---------> read the command until EOF
     |                                           Rootfs.furnish(): volumes
@@ -24,9 +24,9 @@ ask for. Two functions build one, joined by two pipes:
     | <------------ EOF of the other pipe ----- execve: the command is PID 1
     look at it, let it go, wait, report, remove the cgroups
 
-The story comes first: run() and init() are tables of contents, and what they call follows in the same
-order. Every call that changes something outside this process goes through call(), which is what
-`run --explain` prints; flags are given by their names in C, as in section 2 of the manual.
+The story comes first: run() and init() are tables of contents; what they call follows, a section for each
+subject. Every call that changes something outside this process goes through call(), which is what
+`run --explain` prints, all but the bytes it relays; flags are named as in section 2 of the manual.
 
 Capabilities, system calls and masked paths are as in Docker; there is no AppArmor or SELinux profile.
 The kernel is shared: whoever exploits a bug in it is out. It has to be Linux 5.12 or newer.
@@ -76,7 +76,7 @@ def run(options, argv):
         cgroups = make_cgroups(options, undo)
         stdio, ours = relay_terminals(options)
         if options.rootless:
-            enter_user_namespace()
+            enter_user_namespace()  # first: it owns the namespaces made after it, so its root may mount there
         call("unshare", "CLONE_NEWPID", why="the next child is PID 1 of a new pid namespace")
         command_read, command_write = call("pipe2", "O_CLOEXEC", why="carries the command; its EOF says go")
         ready_read, ready_write = call("pipe2", "O_CLOEXEC", why="init says how far it is; execve closes it")
@@ -120,12 +120,12 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
     rootfs.enter()
     place_cgroups(cgroups)
     call("sethostname", options.hostname, len(options.hostname), why="in the new uts namespace")
-    if own_network:
+    if own_network:  # before mask(), which makes /proc/sys read-only
         set_up_network(options)
     rootfs.mask()
     if options.tty:
         call("write", ready_write, b"T", why="run() may open the pty, then send argv")
-    argv = read_file(at(command_read), "the command, as run() sends it").split("\0")[:-1]
+    argv = read_file(at(command_read), "wait until run() is ready and sends the command").split("\0")[:-1]
     if not argv:
         raise BrokenPipeError  # EOF at once: run() has died
     attach_stdio(options, stdio)  # before the volumes: null device and terminal are ours, whatever they cover
@@ -136,8 +136,8 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
         set_attributes(fd, "MOUNT_ATTR_RDONLY", "--read-only")
     env = environment(options, home)
     places = find_command(argv[0], env.get("PATH", DEFAULT_PATH))
-    join_cgroups(options, cgroups)
-    leave_behind(uid, ready_write, log.fd)
+    join_cgroups(options, cgroups)  # late, but before the filter, which refuses unshare and mount, ...
+    leave_behind(uid, ready_write, log.fd)  # ... and keyctl
     drop_privileges(options, uid, gid, groups)
     if poll({ready_write: select.POLLERR}, 0):
         raise BrokenPipeError  # no reader: run() died before PR_SET_PDEATHSIG was set again
@@ -259,7 +259,7 @@ RESOLVE_IN_ROOT=0x10 PR_SET_PDEATHSIG=1 PR_SET_SECCOMP=22 PR_CAPBSET_DROP=24 PR_
 SECCOMP_MODE_FILTER=2 PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_O_TRACEEXEC=0x10
 KEYCTL_JOIN_SESSION_KEYRING=1 RLIMIT_NPROC=6 AF_INET=2 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
 TIOCSPTLCK=0x40045431
-""".split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h ptrace.h keyctl.h, <asm/ioctls.h>
+""".split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h seccomp.h ptrace.h keyctl.h, <sys/socket.h>
     _name, _value = row.split("=")
     NAMES[_name] = int(_value, 0)
 
@@ -293,7 +293,7 @@ def show(arg, letter=" "):
         return arg
     text = repr(arg).replace("'", '"')
     if isinstance(arg, bytes):
-        words = arg.decode("ascii", "replace").rstrip("\0\n").replace("\0", " ").replace("\n", " ")
+        words = os.fsdecode(arg).rstrip("\0\n").replace("\0", " ").replace("\n", " ")
         text = f'"{words}"' if words.isprintable() and words else f"<struct of {len(arg)} bytes>"
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -409,7 +409,7 @@ def write_file(path, value, why):
     os.close(fd)
 
 def poll(interests, seconds):
-    """Wait until one of the descriptors is ready, but no longer than that; return what is. See poll(2)."""
+    """Wait for {descriptor: events} at most that many seconds; return those that are ready. See poll(2)."""
     waiter = select.poll()
     for interest in interests.items():
         waiter.register(*interest)
@@ -423,7 +423,7 @@ def open_unblocked(fd):
 # ---- Options, what can be asked for: OPTIONS, LIMITS, parse, prepare -----------------------------
 
 # This table is the parser and the help: names, what the option takes (LOW..HIGH: whole numbers; a|b: one of
-# these; ...: repeatable), what it is for. An option is a row here and one in the README.
+# these; ...: repeatable; else: PARSERS), what it is for. An option is a row here and one in the README.
 OPTIONS = """\
 -i --interactive            |                      | keep stdin open; without it stdin is /dev/null
 -t --tty                    |                      | give the command a terminal of its own
@@ -516,7 +516,7 @@ class Option:
 
 
 TABLE = list(map(Option, OPTIONS.split("\n")))
-# every name with a dash less as well: the book has -cpuset and -cpushare
+# every name with a dash less as well: -cpuset and -cpushare are those of xianlubird/mydocker, the book's
 BY_NAME = {word: option for option in TABLE for name in option.names for word in (name, name[1:])}
 
 
@@ -694,7 +694,7 @@ def prepare(options):
         if wanted:
             available = read_file(f"/sys/devices/system/{kind}/online", "which are there").strip()
             if not parse_list(wanted) <= parse_list(available):
-                raise Failure(f"--cpuset {wanted}: not all of these exist; available: {available}")
+                raise Failure(f"--cpuset {wanted}: not all of these {kind}s exist; available: {available}")
     if options.upperdir and is_below(os.path.realpath(f"{options.upperdir}/layer"),
                                      tuple(map(os.path.realpath, options.rootfs))):
         raise Failure(f"--upperdir {options.upperdir}: it is in the --rootfs, which is never written to")
@@ -759,12 +759,12 @@ def make_cgroups(options, undo):
     return joined
 
 def find_cgroups():
-    """Return the hierarchies that we use: all of v1's, or a JVM ignores the limit; v2's under ""."""
+    """Return {controller: Cgroup}, v2's under "". A JVM that misses one of v1's ignores --memory: so all."""
     found = {}
     for line in read_file("/proc/self/cgroup", "find the cgroups we are in").split("\n")[:-1]:
         _, controllers, path = line.split(":", 2)
         names = controllers.split(",")
-        if {"", "memory", "cpu", "cpuacct", "cpuset", "pids"}.isdisjoint(names) or path.startswith("/.."):
+        if {"", "cpuacct", *LIMITS.split()}.isdisjoint(names) or path.startswith("/.."):
             continue  # no limits of ours; outside of our namespace
         for top, root in find_cgroup_mounts(controllers):
             own = (top + path[len(root) :]).rstrip("/")
@@ -783,7 +783,7 @@ def find_cgroup_mounts(controllers):
             yield point, root.rstrip("/")
 
 def limit_value(name, value, is_v2, memory):
-    """Return what a row of LIMITS has as its value on cgroup v1 or v2."""
+    """Return what to write for this option on cgroup v1 or v2; `memory` is what --memory has."""
     if name == "--cpus":
         return round(value * 100000)  # in a period of that many microseconds, the kernel's default
     if not is_v2:
@@ -845,7 +845,7 @@ class Cgroup:
                 inherit_cpuset(directory, "cpuset.cpus")
                 inherit_cpuset(directory, "cpuset.mems")
             self.set_limits(directory)
-            joins = ["tasks 0"]  # there who moves only a thread, itself, is spared the wait of hurry_join()
+            joins = ["tasks 0"]  # not cgroup.procs: one thread moves itself without the wait of hurry_join()
         for file, text in map(str.split, joins):
             fd = call("open", f"{directory}/{file}", "O_WRONLY|O_CLOEXEC", why="for init: it sees no path")
             self.joins.append((fd, text.encode()))
@@ -874,8 +874,8 @@ class Cgroup:
         handed = read_file(f"{level}/cgroup.subtree_control", "what is handed down").split()
         for controller in sorted({row[0] for row in self.limits.values()}.difference(handed)):
             try:
-                # some could be handed down, but that would make the cgroup "threaded" for those processes.
-                # The root of a cgroup namespace may have some, too; the true root, which may, has no type
+                # with processes in it a level still hands some down, but as a "threaded" one: refused. So is
+                # the root of a cgroup namespace; the true root, which may have some, has no cgroup.type
                 if exists(f"{level}/cgroup.type") and read_file(f"{level}/cgroup.procs", "who is in"):
                     raise OSError(errno.EBUSY, f"{level} has processes, so it can hand nothing down")
                 write_file(f"{level}/cgroup.subtree_control", f"+{controller}", "hand the controller down")
@@ -890,10 +890,10 @@ class Cgroup:
             path = f"{directory}/{file}"
             try:
                 write_file(path, value, f"set {name}")
-            except FileNotFoundError:  # no controller; or swap, which --memory limits, too, is not counted
+            except FileNotFoundError:  # no such controller; for --memory-swap: this kernel counts no swap
                 del self.limits[name]
                 continue
-            if "cpuset" in name and self.is_v2:
+            if "cpuset" in name and self.is_v2:  # v2 takes any, and then uses those that the parent has, too
                 path += ".effective"
             back = read_file(path, "read it back").split()[0]  # in cpu.max the period follows
             meaning = parse_list if "cpuset" in name else str
@@ -911,7 +911,7 @@ class Cgroup:
                     "let the kernel get ready for init's move")
 
     def end(self):
-        """Say which limits were hit, as that a child was killed is easily overlooked; remove the cgroup."""
+        """Say which limits were hit (that a child was killed is easily overlooked); remove the cgroup."""
         pids, memory = self.limits.get("--pids-limit"), self.limits.get("--memory")
         if pids and self.count("pids.events", "max"):
             log.warning(f"pids limit: the kernel refused forks at the limit of {pids[2]} processes")
@@ -1011,7 +1011,7 @@ PRIVATE_PATHS = ("/proc", "/sys", "/dev", "/run")
 PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devpts devtmpfs efivarfs
     fusectl hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs tracefs""".split()
 INERT = "MS_NOSUID|MS_NODEV|MS_NOEXEC"  # for filesystems of which nothing is to be executed
-# Mount point, type, flags, options, and why
+# Mount point, type, flags, options or -, and why, by one space each; parents first. A mount is a row here
 OWN_MOUNTS = """\
 /proc proc MS_NOSUID|MS_NODEV|MS_NOEXEC - the processes of the new pid namespace
 /sys sysfs MS_NOSUID|MS_NODEV|MS_NOEXEC|{frozen} - devices as the network namespace has them
@@ -1072,24 +1072,24 @@ class Rootfs:
         call("chroot", "/proc", why="a root below us ...")
         call("chdir", "..", why="... does not keep us from climbing above the one that we had, ...")
         call("chroot", ".", why="... which is where we still are, unless that was in a chroot")
-        if attempt(os.readlink, "/proc/self") != "1":
+        if attempt(os.readlink, "/proc/self") != "1":  # as it is in our own proc; the climb led elsewhere
             raise Failure("this is a chroot, whose inside could be left for the true root above: refused",
                           "unshare --mount, bind the chroot on itself, and pivot_root into it")
 
     def mount_bound_view(self):
         """Make the root-to-be of the host's mounts, read-only, for who may not mount an overlay over them."""
-        # in a user namespace they hang together: what is not to be seen cannot be left out, but covered
+        # in a user namespace they hang together: what is not to be seen cannot be left out, only covered
         log.warning("without root the host's files are read-only inside; /tmp and /run are its own")
         rows = list(read_mountinfo())  # as long as each is there but once
         attach(clone_tree("/", "the host's root with all mounts", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV"),
                open_path("/", "the root"), "over the old root")
         self.top = open_path("/..", "the new root, mounted over the old")
         devices = {row[3]: row[1] for row in rows}
-        # of the host's /run, be it a filesystem of its own or a directory
-        run = (devices.get("/run", "none"), devices["/"] + "/run")
+        # where a bind of something in the host's /run comes from: its filesystem, or that directory of "/"
+        from_run = (devices.get("/run", "none"), devices["/"] + "/run")
         for _, device, root, point, fstype, _ in rows:
             if not is_below(point, (*PRIVATE_PATHS, "/tmp")) and (
-                    fstype in PSEUDO_FILESYSTEMS or is_below(device + root, run)):
+                    fstype in PSEUDO_FILESYSTEMS or is_below(device + root, from_run)):
                 why = f"cover the host's {point}"  # another proc, a bind of something in /run
                 # where root may not enter nobody inside gets to it, either
                 place = attempt(open_inside, point, why, "", self.top, only=f"{COVERED} EACCES")
@@ -1101,7 +1101,7 @@ class Rootfs:
         options = self.options
         lowers = [open_path(path, "a layer of --rootfs") for path in options.rootfs[::-1] or ["/"]]
         mount("tmpfs", "/", "MS_NOSUID", "mode=700", "what is written: it goes with the container")
-        self.layer = self.memory = open_path("/..", "what was mounted over the root")
+        self.layer = self.tmpfs = open_path("/..", "what was mounted over the root")
         if options.upperdir:
             self.layer = open_path(f"{options.upperdir}/layer", "--upperdir", "O_DIRECTORY|O_NOFOLLOW|")
             if not os.path.sameopenfile(self.layer, options.layer_lock):
@@ -1150,8 +1150,8 @@ class Rootfs:
     def mount_overlay(self, lowers, path, target):
         """Mount on `target` the directories `lowers`, topmost first, with a writable layer for `path`.
 
-        What is written goes to upperdir; in workdir overlay prepares a file before it moves it there. None is
-        named so that it could bring in an option of its own. See overlayfs.rst of the kernel."""
+        What is written goes to upperdir; in workdir overlay prepares a file before it moves it there. No name
+        can bring in an option. xino: one st_dev for all, or du -x skips files. See overlayfs.rst."""
         name = path.translate(str.maketrans({"%": "%25", "/": "%2F", ",": "%2C", "\\": "%5C"}))
         layers = [f"{at(self.layer)}/upper{name}", *map(at, lowers)]
         upper, work = self.make_below(layers), self.make_below([f"{at(self.layer)}/work{name}"])
@@ -1177,7 +1177,8 @@ class Rootfs:
             if name == "hosts":
                 text += "".join(options.add_host)
             place = f"{etc}/{name}"
-            attempt(os.unlink, place)  # an earlier run's, with --upperdir
+            if options.upperdir:
+                attempt(call, "unlink", place, why="what an earlier run has put there")
             fd = attempt(call, "open", place, "O_WRONLY|O_CREAT|O_EXCL", 0o644, why=why, only="EEXIST")
             if fd:  # else it is a directory of the user's
                 call("write", fd, os.fsencode(text), why=why)
@@ -1217,7 +1218,7 @@ class Rootfs:
                 mount(fstype, at(place), flags, data.strip("-"), why)
 
     def make_devices(self):
-        """Fill /dev with what all have and --device asks for.
+        """Fill /dev with what all have and --device asks for, while the host's devices are in reach.
 
         As root a node is our own, on a tmpfs that may have some: chmod and chown inside do not reach the
         host's. Without root none can be made; there the host's belong to somebody else."""
@@ -1227,7 +1228,7 @@ class Rootfs:
                 raise Failure(f"--device {path}: it is no device")
             if not self.options.rootless:
                 mode = status.st_mode | (0o666 if path in DEVICES else 0)
-                path = f"{at(self.memory)}/{path.replace('/', '%')}"
+                path = f"{at(self.tmpfs)}/{path.replace('/', '%')}"
                 attempt(call, "mknod", path, mode, status.st_rdev, why="a node of its own", only="EEXIST")
                 call("chown", path, status.st_uid, status.st_gid, why="as the host's")
             clone = clone_tree(path, why)
@@ -1254,11 +1255,11 @@ class Rootfs:
                 hide(place, why)
 
     def furnish(self):
-        """Mount what --tmpfs and --volume ask for, parents first. The command's terminal is open by now."""
+        """Mount what --tmpfs, --volume, --device ask for, parents first. The terminal is open by now."""
         for why, target, create, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
             # a tmpfs has the mode of what it covers; where nothing is, that of /tmp
             status = attempt(os.stat, target, only="ENOENT ENOTDIR ELOOP EACCES")
-            place = open_inside(target, why, create)  # or tells all but the first
+            place = open_inside(target, why, create)  # makes what is missing; other errors end it here
             where = os.readlink(at(place))  # the kernel's word: every link resolved
             # what we read in /proc must come from the kernel, and init mounts the cgroups later
             if where == "/" or is_below(where, ("/proc", "/sys/fs/cgroup")):
@@ -1320,8 +1321,8 @@ def open_inside(path, why, create="", root="AT_FDCWD"):
     """Return an O_PATH descriptor for `path`, every symlink resolved inside the root, or refused.
 
     `create` is the call that makes it if it is missing: mkdir, or for a file mknod.
-    The root is where we stand, "/"; a magic link of /proc (/proc/self/root, an open descriptor) is refused:
-    no image, no volume leads a mount elsewhere. Or it is `root`, for paths without links. See openat2(2)."""
+    The root is where we stand, "/" until enter_workdir(); a magic link (/proc/self/root, an open descriptor)
+    is refused: no volume leads a mount out. Or it is `root`, for paths without links. See openat2(2)."""
     refused = "RESOLVE_NO_MAGICLINKS" if root == "AT_FDCWD" else "RESOLVE_NO_SYMLINKS"
     how = struct.pack("3Q", value_of("O_PATH|O_CLOEXEC"), 0, value_of(f"RESOLVE_IN_ROOT|{refused}"))
     place = f"{why}: {path} in the container"
@@ -1433,7 +1434,7 @@ def seccomp_filter(kept):
     return struct.pack("HBBI" * (len(values) // 4), *values)  # struct sock_filter
 
 def read_inside(path):
-    """Return the fields of a file like /etc/passwd inside, at least 6; none when there is no such file."""
+    """Return the rows of a file like /etc/passwd inside, each of 6 fields or more; [] if it is not there."""
     fd = attempt(open_inside, path, "look up the user", only="ENOENT ENOTDIR")
     if not fd:
         return []
@@ -1446,7 +1447,7 @@ def read_inside(path):
             if "\0" not in line]
 
 def look_up(word, rows):
-    """Return the row of this name; of this number, which is never a name; or one that says nothing more."""
+    """Return the row of this name, or this number, which is never a name; or one made up: group 0, home /."""
     column = 2 if word.isdecimal() else 0
     return next((row for row in rows if row[column] == word), [None, "", word, "0", "", "/"])
 
@@ -1521,7 +1522,7 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def leave_behind(uid, *kept):
-    """Let go of root's keys, and of all descriptors but `kept` and 0 to 2, which the user may open by name.
+    """Let go of root's keys, and of all descriptors but `kept` and 0 to 2; those three become the user's.
 
     Close-on-exec would be too late: while execve looks up the command, its #! interpreter and its loader, a
     symlink to /proc/self/fd/N could lead through a directory of the host that is open (CVE-2024-21626)."""
@@ -1617,15 +1618,15 @@ def is_own_python(path):
 def follow_interpreters(path):
     """Return the last program to which the #! of `path` leads, as the kernel reads it. See execve(2).
 
-    Refuse the host's Python, which /proc/self/exe is until execve: the image's loader, in it, could hold it
-    open and write to it when run() is gone (CVE-2019-5736). What is exchanged after this look, run() sees
-    when it holds the new program: Container.reap()."""
+    Refuse the host's Python, which /proc/self/exe is until execve: started with the image's loader, which
+    opens /proc/self/exe again, it would be overwritten when run() is gone (CVE-2019-5736). What is exchanged
+    after this look run() sees, which stops the new program at its first instruction: Container.reap()."""
     try:
         for _ in range(6):  # the kernel follows no more
             if is_own_python(path):
                 raise Failure(f"{path}: leads to the program that runs mydocker: refused", "",
                               EXIT_NOT_EXECUTABLE)
-            # to read /proc/kmsg, a file, takes from it
+            # nothing but what can be executed is read: /proc/kmsg, a regular file, would lose its messages
             if not (os.path.isfile(path) and os.access(path, os.X_OK)):
                 break
             with open(path, "rb", 0) as file:
@@ -1642,9 +1643,9 @@ def follow_interpreters(path):
 def execute(options, argv, places, env, caller_mask):
     """Become the command, in one of `places`. Raises Failure when it cannot. See execve(2)."""
     # by hand, not by os.execvp: that imports a module when it searches, and Python is out of reach now
-    # execve hands on what is ignored: HUP as by the caller, who may be nohup, and no other. What is SIG_DFL,
-    # or 0, stays: to set that again would discard a pending SIGCONT. Then the mask: before, a handler of
-    # Python's would take a pending SIGINT
+    # Ignored signals stay so through execve: that is for HUP alone, in case the caller is nohup. SIG_DFL, 0,
+    # is not set again: that would discard a pending SIGCONT. The mask is last: else Python's own handler
+    # would take a pending SIGINT
     for number in filter(signal.getsignal, signal.valid_signals() - {signal.SIGHUP}):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
@@ -1709,7 +1710,7 @@ class Terminal:
         """Type ^D, the end of the input, once all before it is read; return the seconds until the next try.
 
         Earlier, a line editor that changes the terminal's mode would lose it; just then it may, too: hence
-        again, at longer and longer intervals. The end of a file is there when it is read twice, after all."""
+        again, at longer and longer intervals. One too many does no harm: a file, too, ends at every read."""
         if not any(call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read it all")):
             attempt(os.write, self.master, b"\x04")
             self.pause += 0.05
@@ -1728,7 +1729,7 @@ class Terminal:
             call("tcsetattr", 0, "TCSANOW", self.saved, why="put the caller's terminal back")
 
 
-# The first of these starts --stop-timeout: all that would end run(), by way of timers and limits, too
+# The first of these starts --stop-timeout: requests to end, timers, limits. QUIT, USR1... are only passed on
 STOPPING = "SIGTERM SIGINT SIGHUP SIGALRM SIGVTALRM SIGPROF SIGXCPU SIGIO SIGPWR".split()
 # What run() leaves to the kernel; as by docker run, neither they nor SIGCHLD and SIGWINCH are forwarded
 UNWATCHED = "SIGKILL SIGSTOP SIGPIPE SIGURG SIGTSTP SIGTTIN SIGTTOU".split()
@@ -1773,7 +1774,7 @@ class Container:
         self.tasks: "dict" = {}  # by "start", or the caller's descriptor: (task, descriptor, event)
         # At its execve init is to stop before the new program's first instruction, and reap() looks what it
         # is. Where the kernel refuses that (we are traced ourselves, yama), start() looks as soon as it can
-        self.traced = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC", why="to hold it")
+        self.traced = attempt(call, "ptrace", "PTRACE_SEIZE", pid, 0, "PTRACE_O_TRACEEXEC", why="hold execve")
 
     def supervise(self, argv, command_fd, ready_fd, ours):
         """Relay signals and terminals until the command has ended; return its wait status."""
@@ -1889,9 +1890,9 @@ class Container:
         elif name == "SIGWINCH":
             if self.terminal:
                 self.terminal.resize()
-        elif self.wstatus is not None:
+        elif self.wstatus is not None:  # it has ended: no signal can reach it
             if name in STOPPING:
-                self.tasks.clear()
+                self.tasks.clear()  # who asks for the end does not want its last output either
         elif name in STOPPING and "start" in self.tasks:
             self.kill(f"{name} before the command was started")
         elif name in ("SIGTERM", "SIGINT") and self.stopped_by:
@@ -1915,7 +1916,7 @@ class Container:
             if wstatus >> 16 == 4:  # PTRACE_EVENT_EXEC of <linux/ptrace.h>
                 self.refuse_python()
                 request = "PTRACE_DETACH"
-            attempt(call, "ptrace", request, self.pid, 0, 0, why="let it go on", only="ESRCH")  # or: killed
+            attempt(call, "ptrace", request, self.pid, 0, 0, why="let it go on", only="ESRCH")  # killed
 
     def kill(self, message):
         """Kill the container, and say which step ended it: last, as stderr may be a stopped terminal."""
@@ -1971,7 +1972,7 @@ def write_pidfile(path, pid, undo):
     call("write", fd, b"%d\n" % pid, why=why)
 
 
-# ---- Command line: print_help --------------------------------------------------------------------
+# ---- The rest: print_help, main_after_script -----------------------------------------------------
 
 def print_help():
     """Describe the command line. argparse is imported here only: nothing else needs it."""
@@ -1984,7 +1985,7 @@ def print_help():
     for option in TABLE:
         parser.add_argument(*option.names, help=option.text.replace("%", "%%"), metavar=option.metavar,
                             action=argparse.Action, nargs=None if option.metavar else 0)
-    print(parser.format_help(), end="", flush=True)  # by print_help, an error of stdout would be lost
+    print(parser.format_help(), end="", flush=True)  # parser.print_help() would lose an error of stdout
 
 def main_after_script(*_):
     """Be the program as sys.excepthook, which Python calls when the script has been left."""
