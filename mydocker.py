@@ -327,7 +327,7 @@ def call(name, *args, why):
         shown = tell(f"-1 {errno.errorcode.get(number, number)}")
         # Python makes it a FileNotFoundError, PermissionError...
         raise OSError(number, f"{why}: {shown}: {os.strerror(number)}") from None
-    if log.explain:
+    if log.explain and (name != "fork" or result):  # fork returns twice, the story goes on once
         tell(show(result or 0))
     return result
 
@@ -639,8 +639,8 @@ PARSERS: "dict" = {
     "DST[:OPTIONS]...": parse_tmpfs, "SRC[:DST]...": parse_device, "K[=V]...": parse_env,
     "ENV_FILE...": parse_env_file, "NAME": parse_name, "HOST": lambda text: parse_name(text, 64),
     "NAME:IP...": parse_host, "WORD...": parse_security,
-    # from the top of its hierarchy, with no way back up in it
-    "CGROUP": lambda text: check(text.strip("/") and ".." not in text.split("/"), "/" + text.strip("/")),
+    "CGROUP": lambda text: "/" + check({"", ".", ".."}.isdisjoint(text.strip("/").split("/")),
+                                       text.strip("/")),  # from the top of its hierarchy, and no way back up
 }
 
 
@@ -739,7 +739,7 @@ def make_cgroups(options, undo):
         try:
             cgroup.make(options, undo)
         except OSError as error:
-            if errno.errorcode.get(error.errno) not in "ENOENT EACCES EPERM EROFS".split():
+            if errno.errorcode.get(error.errno) not in "ENOENT ENOTDIR EACCES EPERM EROFS".split():
                 raise
             cgroup.problem = f"no cgroup here is ours to use: {error.strerror}", OWN_CGROUP
             continue
@@ -1109,10 +1109,10 @@ class Rootfs:
         try:
             self.mount_overlay(lowers, "", "/")
         except OSError as error:
-            if error.errno != errno.EINVAL or options.rootfs or options.upperdir:
+            if error.errno != errno.EINVAL or options.rootfs or options.asked & {"--upperdir", "--add-host"}:
                 raise
             log.warning("overlay does not take the host's / (casefolding, encrypted, on two overlays): it is "
-                        "read-only inside; /tmp and /run are its own")
+                        "read-only inside, and its sockets are in reach; /tmp and /run are its own")
             attach(clone_tree("/", "the host's /", "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV", "0"),
                    open_path("/", "the root"), "over the old root")
             self.own_mounts += TMP
@@ -1153,7 +1153,7 @@ class Rootfs:
         What is written goes to upperdir; in workdir overlay prepares a file before it moves it there. No name
         can bring in an option. xino: one st_dev for all, or du -x skips files. See overlayfs.rst."""
         name = path.translate(str.maketrans({"%": "%25", "/": "%2F", ",": "%2C", "\\": "%5C"}))
-        layers = [f"{at(self.layer)}/upper{name}", *map(at, lowers)]
+        layers = [f"{at(self.layer)}/upper{name}", *[f"{at(fd)}/." for fd in lowers]]
         upper, work = self.make_below(layers), self.make_below([f"{at(self.layer)}/work{name}"])
         if not path:
             self.fill_layer(layers)
@@ -1190,7 +1190,7 @@ class Rootfs:
     def make_below(self, layers, path=""):
         """Make a directory in the layer, layers[0], like the next that has it; return where, or ""."""
         place = layers[0] + path
-        statuses = [attempt(os.lstat, f"{layer}/.{path}") for layer in layers]
+        statuses = [attempt(os.lstat, layer + path) for layer in layers]
         below = next(filter(None, statuses), None)
         if below and not stat.S_ISDIR(below.st_mode) or (
                 path and not self.make_below(layers, path.rpartition("/")[0])):
@@ -1223,7 +1223,7 @@ class Rootfs:
         As root a node is our own, on a tmpfs that may have some: chmod and chown inside do not reach the
         host's. Without root none can be made; there the host's belong to somebody else."""
         for target, path in [*zip(DEVICES, DEVICES), *self.options.device]:
-            why, status = f"the device {path}", os.stat(path)
+            why, status, is_own = f"the device {path}", os.stat(path), target == path in DEVICES
             if not status.st_rdev:
                 raise Failure(f"--device {path}: it is no device")
             if not self.options.rootless:
@@ -1232,7 +1232,7 @@ class Rootfs:
                 attempt(call, "mknod", path, mode, status.st_rdev, why="a node of its own", only="EEXIST")
                 call("chown", path, status.st_uid, status.st_gid, why="as the host's")
             clone = clone_tree(path, why)
-            if target in DEVICES:
+            if is_own:
                 attach(clone, open_inside(target, why, "mknod", self.top), why)
             else:
                 self.mounts.append((why, target, "mknod", clone, None))
@@ -1336,7 +1336,7 @@ def open_inside(path, why, create="", root="AT_FDCWD"):
     missing = f"{at(fd)}/{name}"
     link = attempt(os.readlink, missing)  # one that leads to what is missing
     if not link:
-        call(create, missing, 0o755, why=place)
+        call(create, missing, 0o755 if create == "mkdir" else 0o644, why=place)
     os.close(fd)
     return open_inside(os.path.join(above, link or name), why, create, root)
 
@@ -1458,7 +1458,7 @@ def find_user(options):
     name, _, user, gid, _, home, *_ = look_up(user or "0", read_inside("/etc/passwd"))
     table = read_inside("/etc/group")
     numbers = [user, *[look_up(word, table)[2] for word in (group or gid, *options.group_add)],
-               *[row[2] for row in table if not group and name in row[3].split(",")]]
+               *[row[2] for row in table if name and not group and name in row[3].split(",")]]
     ids = []
     for number in numbers:
         try:
@@ -1615,16 +1615,17 @@ def is_own_python(path):
     return os.path.samefile(path, "/proc/self/exe") and mount_id(open_path(path, "is it this program")) == (
         mount_id(open_path("/proc/self/exe", "is it this program")))
 
-def follow_interpreters(path):
-    """Return the last program to which the #! of `path` leads, as the kernel reads it. See execve(2).
+def follow_interpreters(command):
+    """Return the last program to which the #! of `command` leads, as the kernel reads it. See execve(2).
 
     Refuse the host's Python, which /proc/self/exe is until execve: started with the image's loader, which
     opens /proc/self/exe again, it would be overwritten when run() is gone (CVE-2019-5736). What is exchanged
     after this look run() sees, which stops the new program at its first instruction: Container.reap()."""
+    path = command
     try:
         for _ in range(6):  # the kernel follows no more
             if is_own_python(path):
-                raise Failure(f"{path}: leads to the program that runs mydocker: refused", "",
+                raise Failure(f"{command}: leads to the program that runs mydocker: refused", "",
                               EXIT_NOT_EXECUTABLE)
             # nothing but what can be executed is read: /proc/kmsg, a regular file, would lose its messages
             if not (os.path.isfile(path) and os.access(path, os.X_OK)):
@@ -1713,7 +1714,7 @@ class Terminal:
         again, at longer and longer intervals. One too many does no harm: a file, too, ends at every read."""
         if not any(call("ioctl", self.peer, "FIONREAD", bytes(4), why="has the command read it all")):
             attempt(os.write, self.master, b"\x04")
-            self.pause += 0.05
+            self.pause = min(self.pause + 0.05, 5)
         return self.pause
 
     def resize(self):
@@ -1960,8 +1961,7 @@ def write_pidfile(path, pid, undo):
     why = f"--pidfile {path}"
     # by a descriptor of its directory: what others make of the path meanwhile does not matter
     place = f"{at(open_path(directory or '.', why, 'O_DIRECTORY|'))}/{name}"
-    fd = call("open", place, "O_RDWR|O_CREAT|O_APPEND|O_NOFOLLOW|O_NONBLOCK|O_NOCTTY|O_CLOEXEC", 0o644,
-              why=why)
+    fd = call("open", place, "O_RDWR|O_CREAT|O_APPEND|O_NOFOLLOW|O_NONBLOCK|O_NOCTTY", 0o644, why=why)
     status = os.fstat(fd)
     if (not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1
             or os.read(fd, 32).strip(b"0123456789\n")):

@@ -953,6 +953,10 @@ def test_a_layer_that_others_may_enter_or_another_made_is_refused(busybox):
         if (mode, owner) != (0o700, uid):
             assert f"{layer} is open to others" in refusal(busybox("--upperdir", layer.parent, "true"))
             assert list(layer.iterdir()) == []
+    victim = busybox.path("victim")
+    for name in "upper", "work":  # a link that another container has put there
+        (busybox.path(f"{name}/layer", mode=0o700) / name).symlink_to(victim)
+        assert refusal(busybox("--upperdir", busybox.dir / name, "true")) and list(victim.iterdir()) == []
 
 
 def test_neither_mount_points_that_it_lacks_nor_an_upperdir_are_made_in_a_rootfs(account):
@@ -1514,6 +1518,7 @@ def test_a_device_of_the_hosts_works_has_its_name_and_is_the_containers_own(busy
     out = busybox("--device", "/dev/zero:/dev/mine", *SH, script).out
     assert out == " 00 00 00\ncharacter special file 1:5\n"
     assert os.stat("/dev/zero").st_mtime == before.st_mtime
+    assert busybox.out("--device", "/dev/zero:/dev/null", *SH, "head -c 1 | wc -c") == "0\n"  # no stdin
     if busybox.uid == 0:
         hosts = [f"/dev/{name}" for name in ("fuse", "net/tun", "kvm", "loop0")]
         names = [name for name in hosts if os.path.exists(name)]
@@ -3522,11 +3527,9 @@ LIMITED = """-m 64m --cpus 0.5 --cpuset-cpus 0 --oom-score-adj 100 -u 0:0
 @pytest.fixture(params=["limits", "terminal", "host"])
 def situation(request, account):
     """How a container is asked for; a function that makes Traced of it."""
-    words = {
-        "limits": ["--rootfs", account.rootfs, *LIMITED],
-        "terminal": ["--rootfs", account.rootfs, "-ti"],
-        "host": ["--network", "host"],
-    }[request.param]
+    rootfs = ("--rootfs", account.rootfs)
+    words = {"limits": [*rootfs, *LIMITED], "terminal": [*rootfs, "-ti"], "host": ["--network", "host"]}
+    words = words[request.param]
     if account.uid and request.param == "limits":
         pytest.skip("limits take root")
     if account.uid == 0:
@@ -3982,8 +3985,7 @@ def test_a_rootfs_has_what_programs_expect_and_is_built_in_an_empty_directory(ac
         return ended(anybody.popen([shutil.which("sh"), str(ROOTFS_SCRIPT), str(directory)], **how))
 
     for variables, said in (
-        ({"BUSYBOX": "/bin/ls"}, "not a static 64-bit program"),
-        ({"BUSYBOX": "/no/such/busybox"}, "/no/such/busybox"),
+        ({"BUSYBOX": "/bin/ls"}, "not a static 64-bit"), ({"BUSYBOX": "/no/busybox"}, "/no/busybox"),
         ({"PATH": str(tools)}, "apt-get install busybox-static"),
     ):
         result = build("new", **variables)
