@@ -56,7 +56,7 @@ try:  # every run pays for each import: hence _signal, which is signal without e
     import struct
     import termios
     import time
-except ImportError as missing:
+except (ImportError, OSError) as missing:  # OSError: from Python 3.14 on, too few descriptors for that
     sys.stderr.write(f"mydocker: {missing}: this Python is incomplete: apt-get install python3\n")
     sys.exit(125)
 
