@@ -1142,8 +1142,8 @@ class Rootfs:
                 attach(clone_tree(at(lower), why, "MOUNT_ATTR_RDONLY|MOUNT_ATTR_NODEV", "0"), target, why)
             os.close(lower)  # there may be more mounts than descriptors
         except OSError as error:
-            # its file or its place was deleted, it is a user's, its server is dead
-            if errno.errorcode.get(error.errno) not in f"{COVERED} EACCES ENOTCONN ESTALE EIO EINVAL".split():
+            if errno.errorcode.get(error.errno) not in (  # deleted, a user's, its server dead
+                    f"{COVERED} EACCES ENOTCONN ECONNREFUSED ESTALE EIO EINVAL".split()):
                 raise
             log.warning(f"{why} cannot be shown inside: {os.strerror(error.errno)}")
 
