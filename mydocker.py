@@ -1013,12 +1013,12 @@ PSEUDO_FILESYSTEMS = """autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs d
 INERT = "MS_NOSUID|MS_NODEV|MS_NOEXEC"  # for filesystems of which nothing is to be executed
 # Mount point, type, flags, options or -, and why, by one space each; parents first. A mount is a row here
 OWN_MOUNTS = """\
-/proc proc MS_NOSUID|MS_NODEV|MS_NOEXEC - the processes of the new pid namespace
-/sys sysfs MS_NOSUID|MS_NODEV|MS_NOEXEC|{frozen} - devices as the network namespace has them
+/proc proc {inert} - the processes of the new pid namespace
+/sys sysfs {inert}|{frozen} - devices as the network namespace has them
 /dev tmpfs MS_NOSUID|MS_STRICTATIME|{nodev} mode=755,size=64m no device of the host
 /dev/pts devpts MS_NOSUID|MS_NOEXEC newinstance,ptmxmode=0666,mode=0620{tty} terminals of its own, from 0 on
-/dev/shm tmpfs MS_NOSUID|MS_NODEV|MS_NOEXEC mode=1777,size={size} POSIX shared memory
-/dev/mqueue mqueue MS_NOSUID|MS_NODEV|MS_NOEXEC - POSIX queues of the ipc namespace"""
+/dev/shm tmpfs {inert} mode=1777,size={size} POSIX shared memory
+/dev/mqueue mqueue {inert} - POSIX queues of the ipc namespace"""
 RUN = """
 /run tmpfs MS_NOSUID|MS_NODEV mode=755 in place of the host's
 /run/lock tmpfs MS_NOSUID|MS_NODEV mode=1777 where Debian's /var/lock leads to"""
@@ -1207,7 +1207,7 @@ class Rootfs:
         """Mount what is the container's own; the kernel wants to see the host's /proc and /sys for that."""
         options = self.options
         for row in self.own_mounts.format(
-                frozen="0" if options.privileged else "MS_RDONLY", nodev=self.nodev,
+                inert=INERT, frozen="0" if options.privileged else "MS_RDONLY", nodev=self.nodev,
                 tty="" if options.rootless else ",gid=5", size=options.shm_size).split("\n"):
             point, fstype, flags, data, why = row.split(" ", 4)
             place = open_inside(point, "its place in the rootfs", "mkdir", self.top)
@@ -1258,7 +1258,7 @@ class Rootfs:
         """Mount what --tmpfs, --volume, --device ask for, parents first. The terminal is open by now."""
         for why, target, create, source, data in sorted(self.mounts, key=lambda row: row[1].count("/")):
             # a tmpfs has the mode of what it covers; where nothing is, that of /tmp
-            status = attempt(os.stat, target, only="ENOENT ENOTDIR ELOOP EACCES")
+            status = data is not None and attempt(os.stat, target, only="ENOENT ENOTDIR ELOOP EACCES")
             place = open_inside(target, why, create)  # makes what is missing; other errors end it here
             where = os.readlink(at(place))  # the kernel's word: every link resolved
             # what we read in /proc must come from the kernel, and init mounts the cgroups later
@@ -1457,7 +1457,7 @@ def find_user(options):
     user, _, group = options.user.partition(":")
     name, _, user, gid, _, home, *_ = look_up(user or "0", read_inside("/etc/passwd"))
     table = read_inside("/etc/group")
-    numbers = [user, *[look_up(word, table)[2] for word in (group or gid, *options.group_add)],
+    numbers = [user, *[look_up(word, table)[2] for word in (group or gid or "0", *options.group_add)],
                *[row[2] for row in table if name and not group and name in row[3].split(",")]]
     ids = []
     for number in numbers:
