@@ -2129,7 +2129,7 @@ def test_a_container_in_the_background_or_stopped_takes_no_line_typed_for_the_sh
     def lines_for_the_shell_and_then_for_the_container(text):
         for number in range(5):
             desk.type(f"echo mine$(({number} + 10))\r", f"mine{number + 10}\r\n", "PROMPT> ")
-        desk.type("fg\r")
+        desk.type("kill -STOP %1; wait %1; fg\r")  # fg sends CONT to what bash knows to be stopped
         desk.type(f"{text}\r", f"GOT:{text}\r\n")
         desk.type("\x04", "PROMPT> ")
 
