@@ -345,7 +345,7 @@ mount("overlay"  ENODEV  this kernel lacks overlay; on the host: modprobe overla
 mount("overlay"  EINVAL  no --upperdir on overlay, no third overlay on two, no casefolding filesystem
 mount("overlay"  ELOOP  the same directory twice: each --rootfs has to be another
 mount("overlay"  EOVERFLOW  the rootfs is another user's: build it as this one, or use sudo
-mount("proc"  EPERM  a part of /proc is covered here, as in a container: sudo is needed for another
+MS_NOSUID|MS_NODEV|MS_NOEXEC  EPERM  /proc or /sys is missing here, or covered in part: sudo is needed for others
 pivot_root  EINVAL  an initramfs cannot be swapped: mount another root, and switch_root to it
 MS_PRIVATE  EINVAL  this is a chroot: unshare --mount, bind it on itself, and pivot_root into it
 CLONE_NEWUSER  EPERM  sudo sysctl kernel.unprivileged_userns_clone=1, or use sudo; or a --privileged container
@@ -713,8 +713,8 @@ def prepare(options):
 # ---- Cgroups, what it may use: make_cgroups, Cgroup ----------------------------------------------
 
 # Why a limit cannot be set, and the remedy
-NO_CONTROLLER = ("there is no controller for it here", "/proc/cgroups shows which there are; "
-                 "some kernels want cgroup_enable=memory swapaccount=1 when they boot")
+NO_CONTROLLER = ("there is no controller for it here", "/proc/cgroups shows which there are, /proc/mounts "
+                 "which are in reach; some kernels want cgroup_enable=memory swapaccount=1 when they boot")
 OWN_CGROUP = ("as root, or in a cgroup of your own: systemd-run --user --scope -p Delegate=yes python3 "
               "mydocker.py run ...; in a container: limit that, or start it with --privileged")
 
