@@ -345,14 +345,14 @@ mount("overlay"  ENODEV  this kernel lacks overlay; on the host: modprobe overla
 mount("overlay"  EINVAL  no --upperdir on overlay, no third overlay on two, no casefolding filesystem
 mount("overlay"  ELOOP  the same directory twice: each --rootfs has to be another
 mount("overlay"  EOVERFLOW  the rootfs is another user's: build it as this one, or use sudo
-MS_NOSUID|MS_NODEV|MS_NOEXEC  EPERM  /proc or /sys is missing here, or covered in part: sudo is needed for others
+MS_NOSUID|MS_NODEV|MS_NOEXEC  EPERM  /proc or /sys is missing here, or covered in part: it takes sudo
 pivot_root  EINVAL  an initramfs cannot be swapped: mount another root, and switch_root to it
 MS_PRIVATE  EINVAL  this is a chroot: unshare --mount, bind it on itself, and pivot_root into it
 CLONE_NEWUSER  EPERM  sudo sysctl kernel.unprivileged_userns_clone=1, or use sudo; or a --privileged container
 CLONE_NEWUSER  ENOSPC  sudo sysctl user.max_user_namespaces=15000, or use sudo
 CLONE_NEWUSER  EINVAL  this kernel has no user namespaces: use sudo
 in the user namespace  EPERM  sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0, or use sudo
-CLONE_NEWPID  EPERM  root here lacks CAP_SYS_ADMIN, as in a container that was started without --privileged
+CLONE_NEWPID  EPERM  root lacks CAP_SYS_ADMIN here (a container without --privileged), or a filter forbids it
 join the cgroup  EINVAL  a real-time caller has no budget in a new cgroup: chrt --other 0 python3 ...
 in the rootfs  ELOOP  a symlink in its place is refused: it could lead out of the rootfs
 in the container  EACCES  a directory of the rootfs is another user's: build it as this one, or use sudo
@@ -750,8 +750,8 @@ def make_cgroups(options, undo):
         raise Failure(f"--cgroup-parent: no cgroup can be made below {options.cgroup_parent}",
                       "it has to be there, as mkdir makes it below /sys/fs/cgroup, and to be yours")
     if options.rootless and lost.pop("--pids-limit", None):
-        # in a user namespace the kernel counts its processes alone, and no others of this user
-        options.process_limit = struct.pack("2Q", options.pids_limit, options.pids_limit)
+        # in a user namespace the kernel counts its processes alone, run() with them, no others of this user
+        options.process_limit = struct.pack("2Q", options.pids_limit + 1, options.pids_limit + 1)
     for name in lost:
         if name in options.asked:  # what was not asked for does not end the run
             why, hint = lost[name].problem
