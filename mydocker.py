@@ -257,7 +257,7 @@ MOUNT_ATTR_NODEV=0x4 MOUNT_ATTR_NOEXEC=0x8 MOVE_MOUNT_F_EMPTY_PATH=0x4 MOVE_MOUN
 AT_FDCWD=-100 AT_EMPTY_PATH=0x1000 AT_RECURSIVE=0x8000 RESOLVE_NO_MAGICLINKS=0x2 RESOLVE_NO_SYMLINKS=0x4
 RESOLVE_IN_ROOT=0x10 PR_SET_PDEATHSIG=1 PR_SET_SECCOMP=22 PR_CAPBSET_DROP=24 PR_SET_NO_NEW_PRIVS=38
 SECCOMP_MODE_FILTER=2 PTRACE_CONT=7 PTRACE_DETACH=17 PTRACE_SEIZE=0x4206 PTRACE_O_TRACEEXEC=0x10
-KEYCTL_JOIN_SESSION_KEYRING=1 RLIMIT_NPROC=6 AF_INET=2 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
+KEYCTL_JOIN_SESSION_KEYRING=1 RLIMIT_NPROC=6 AF_UNIX=1 SOCK_DGRAM=2 SOCK_CLOEXEC=0o2000000 SIOCSIFFLAGS=0x8914
 TIOCSPTLCK=0x40045431
 """.split():  # <linux/sched.h> mount.h fcntl.h openat2.h prctl.h seccomp.h ptrace.h keyctl.h, <sys/socket.h>
     _name, _value = row.split("=")
@@ -352,13 +352,13 @@ CLONE_NEWUSER  EPERM  sudo sysctl kernel.unprivileged_userns_clone=1, or use sud
 CLONE_NEWUSER  ENOSPC  sudo sysctl user.max_user_namespaces=15000, or use sudo
 CLONE_NEWUSER  EINVAL  this kernel has no user namespaces: use sudo
 in the user namespace  EPERM  sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0, or use sudo
-CLONE_NEWPID  EPERM  root lacks CAP_SYS_ADMIN here (a container without --privileged), or a filter forbids it
+namespace:  EPERM  CAP_SYS_ADMIN is missing, as in a container without --privileged, or a filter forbids it
 join the cgroup  EINVAL  a real-time caller has no budget in a new cgroup: chrt --other 0 python3 ...
 in the rootfs  ELOOP  a symlink in its place is refused: it could lead out of the rootfs
 in the container  EACCES  a directory of the rootfs is another user's: build it as this one, or use sudo
 move_mount  EINVAL  a file goes on a file, a directory on a directory
 LOCK_NB  EAGAIN  in use: another container is using it
-(  ENOSYS  mydocker needs Linux 5.12 or newer"""
+(  ENOSYS  mydocker needs Linux 5.12 or newer, and no filter that hides it (systemd's RestrictSUIDSGID=)"""
 
 
 def attempt(step, *args, only="", **keywords):
@@ -1540,7 +1540,7 @@ def leave_behind(uid, *kept):
 
 def set_up_network(options):
     """Bring up lo, all that a new network namespace has; let everybody have port 80, ping. netdevice(7)."""
-    call("ioctl", call("socket", "AF_INET", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that"),
+    call("ioctl", call("socket", "AF_UNIX", "SOCK_DGRAM|SOCK_CLOEXEC", 0, why="any socket will do for that"),
          "SIOCSIFFLAGS", struct.pack("16sH14x", b"lo", 1), why="bring up lo")  # struct ifreq: IFF_UP
     attempt(write_file, "/proc/sys/net/ipv4/ip_unprivileged_port_start", "0", "nobody is in the way there")
     attempt(write_file, "/proc/sys/net/ipv4/ping_group_range", "0 0" if options.rootless else "0 2147483647",
