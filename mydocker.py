@@ -339,8 +339,9 @@ def call_libc(name, *args):
     return result
 
 
-# Part of a failed call, its error, the remedy: where the error misleads, or has but one cause
+# Part of a failed call, its error, the remedy where the error misleads or has one cause; the last row counts
 HINTS = """\
+(  EPERM  a capability is missing, as in a container without --privileged, or a filter forbids it
 mount("overlay"  ENODEV  this kernel lacks overlay; on the host: modprobe overlay
 mount("overlay"  EINVAL  no --upperdir on overlay, no third overlay on two, no casefolding filesystem
 mount("overlay"  ELOOP  the same directory twice: each --rootfs has to be another
@@ -352,7 +353,6 @@ CLONE_NEWUSER  EPERM  sudo sysctl kernel.unprivileged_userns_clone=1, or use sud
 CLONE_NEWUSER  ENOSPC  sudo sysctl user.max_user_namespaces=15000, or use sudo
 CLONE_NEWUSER  EINVAL  this kernel has no user namespaces: use sudo
 in the user namespace  EPERM  sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0, or use sudo
-namespace:  EPERM  CAP_SYS_ADMIN is missing, as in a container without --privileged, or a filter forbids it
 join the cgroup  EINVAL  a real-time caller has no budget in a new cgroup: chrt --other 0 python3 ...
 in the rootfs  ELOOP  a symlink in its place is refused: it could lead out of the rootfs
 in the container  EACCES  a directory of the rootfs is another user's: build it as this one, or use sudo
