@@ -45,19 +45,22 @@ if __name__ == "__main__":
     del sys.path[0]
 
 try:  # every run pays for each import: hence _signal, which is signal without enum (3 ms), no argparse (8)
+    import os
+    while (fd := os.open("/dev/null", os.O_RDWR)) < 3:  # first: ctypes' libffi opens a file and keeps it
+        os.set_inheritable(fd, True)  # a closed one: the next file that we open would get its number
+    os.close(fd)
     import _signal as signal
     import ctypes
     import errno
     import fcntl
     import math
-    import os
     import select
     import stat
     import struct
     import termios
     import time
 except (ImportError, OSError) as missing:  # OSError: from Python 3.14 on, too few descriptors for that
-    sys.stderr.write(f"mydocker: {missing}: this Python is incomplete: apt-get install python3\n")
+    sys.stderr.write(f"mydocker: {missing}: is Python whole (apt-get install python3), is /dev/null there?\n")
     sys.exit(125)
 
 VERSION = "mydocker 1.0"
@@ -147,9 +150,6 @@ def init(options, cgroups, command_read, ready_write, stdio, caller_mask):
 def main(words):
     """Be the program; return its exit status."""
     try:
-        while (fd := os.open("/dev/null", os.O_RDWR)) < 3:
-            os.set_inheritable(fd, True)  # a closed one: the next file that we open would get its number
-        os.close(fd)
         command, *rest = words or [""]
         if not ARCHITECTURE:
             raise Failure("the system calls of this machine are not known here: see uname -m")
