@@ -2990,7 +2990,7 @@ def test_a_command_that_becomes_the_hosts_python_past_the_check_is_killed(hostil
     library.write_text("while True: pass")
     script = hostile.path("script", "#!/bin/sh\n", 0o755)
     other = hostile.path("other", "#!/proc/self/exe\n", 0o755)
-    slowly = injecting("capset", "delay_enter=2000000")
+    slowly = injecting("capset", "delay_enter=4000000")
     with hostile.start("-v", f"{hostile.dir}:/dir", "/dir/script", around=slowly) as container:
         status = f"/proc/{container.pid1}/status"
         wait_until(lambda: capabilities(read(status))[0] == DOCKERS_14, "init to come to capset")
