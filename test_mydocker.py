@@ -152,7 +152,7 @@ class Terminal:
         os.fchown(self.slave, owner, -1)  # as login(1) does
         self.size(24, 80)
         self.seen = b""
-        self.before = termios.tcgetattr(self.slave)
+        self.before = self.attributes
 
         def sit_down():
             os.setsid()
@@ -206,7 +206,7 @@ class Terminal:
 
     @property
     def attributes(self):
-        return termios.tcgetattr(self.slave)
+        return [*(modes := termios.tcgetattr(self.slave))[:6], modes[6][:19]]  # musl has more than the kernel
 
 
 class Caller(NamedTuple):
@@ -2373,7 +2373,7 @@ while True: os.write(1, b"%d\\n" % signal.sigwait(numbers))"""
 def test_every_signal_that_docker_forwards_arrives_and_some_are_no_request_to_end(mydocker):
     """All but a second request to end, which kills."""
     numbers = [int(number) for number in FORWARDED if number not in (signal.SIGTERM, signal.SIGINT)]
-    assert {signal.SIGRTMIN, signal.SIGRTMAX} < set(numbers) and len(numbers) > 50
+    assert {signal.SIGRTMIN, signal.SIGRTMAX} < set(numbers) and len(numbers) >= 50
     no_request = [int(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)]
     for seconds, tried in (0, no_request), (100000, numbers):
         words = ("--stop-timeout", seconds, PYTHON, "-c", WAIT_FOR_SIGNALS, *numbers)
@@ -3439,7 +3439,7 @@ class Traced:
         """Run to the end; the trace has the calls that come after the start."""
         here, there = socket.socketpair()
         master, slave = pty.openpty()
-        before, log = termios.tcgetattr(slave), tempfile.mktemp(dir=str(self.caller.dir))
+        before, log = termios.tcgetattr(slave)[:6], tempfile.mktemp(dir=str(self.caller.dir))
         name = f"traced-{os.urandom(4).hex()}"
         words = [
             self.caller.python, "-S", "-X", f"pycache_prefix={self.caller.dir}/pyc", "-c", LAUNCHER,
@@ -3466,7 +3466,7 @@ class Traced:
             result = ended(process)
             ended(tracer)
             own = sorted(cgroups_called(f"mydocker-{name}"))
-            changed = termios.tcgetattr(slave) != before
+            changed = termios.tcgetattr(slave)[:6] != before
         finally:
             here.close(), os.close(master), os.close(slave)
         trace = read(log)
@@ -3920,7 +3920,7 @@ def test_few_descriptors_are_enough_or_the_end_is_clear(busybox):
         if result.status == 0:
             assert result == Result(0, "done\n", "")
         elif "mydocker" in result.err:
-            assert "Too many open files" in refusal(result) and number < 48
+            assert os.strerror(24) in refusal(result) and number < 48  # EMFILE
         else:  # the interpreter itself could not start
             assert number < 8 and result.out == ""
 
