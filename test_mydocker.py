@@ -1285,11 +1285,11 @@ def test_a_volume_shows_the_hosts_tmp_where_the_root_is_assembled(busybox, mydoc
 
 
 @root_only
-@pytest.mark.parametrize("tmp, source", [("true", "/var"), ("ln -s /var/tmp tmp", "/tmp")])
+@pytest.mark.parametrize("tmp, source", [("mknod tmp c 0 0", "/var"), ("ln -s /var/tmp tmp", "/tmp")])
 def test_a_host_may_have_no_tmp_or_a_link(busybox, tmp, source):
-    script = f"""mount -t tmpfs none "$0" && cd "$0" && mkdir upper work root &&
-        mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work none root && cd root && rm -rf tmp &&
-        {tmp} && mount -t proc none proc && mount --rbind /sys sys && mount --rbind /dev dev &&
+    script = f"""mount -t tmpfs none "$0" && cd "$0" && mkdir upper work root && (cd upper && {tmp}) &&
+        mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work none root && cd root &&
+        mount -t proc none proc && mount --rbind /sys sys && mount --rbind /dev dev &&
         mkdir old && {busybox.python} -c 'import ctypes; ctypes.CDLL(None).pivot_root(b".", b"old")' &&
         cd / && umount -l /old"""
     devices = {os.stat(str(path)).st_dev for path in ("/", PROGRAM, busybox.rootfs, busybox.python)}
