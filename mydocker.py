@@ -554,7 +554,7 @@ def parse_size(text):
     number = text.rstrip("kmgt")
     size = parse_number(number, 0.0, math.inf)
     size *= 1024 ** " k m g t".split(" ").index(text.removeprefix(number))
-    return math.ceil(check(1 <= size < 1 << 63, size) / PAGE) * PAGE  # the kernel counts whole pages
+    return math.ceil(check(1 <= size <= (1 << 63) - PAGE, size) / PAGE) * PAGE  # the kernel counts pages
 
 def parse_list(text):
     """Return the numbers of a list such as 0-1,3. See cpuset(7), "List format"."""
