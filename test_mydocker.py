@@ -2084,8 +2084,8 @@ def test_nothing_of_the_output_of_a_terminal_is_lost_or_mixed(busybox):
 def test_a_run_whose_last_output_nobody_reads_ends_on_request_and_sigchld_is_none(busybox):
     """It is sent for more than the end: when PID 1 is stopped, and for a child of the caller's."""
     for number in signal.SIGTERM, signal.SIGCHLD:
-        with busybox.start("-t", *SH, f"head -c {16 * PAGE + 1464} /dev/zero; exit 5") as container:
-            pid1, run = container.pid1, container.process  # which has what the pipe's 16 pages do not take
+        with busybox.start("-t", *SH, f"head -c {15 * PAGE + 5560} /dev/zero; exit 5") as container:
+            pid1, run = container.pid1, container.process  # which has what 15 pages and a write leave
             wait_until(lambda: not os.path.exists(f"/proc/{pid1}"), "run to see the end")  # noqa: B023
             assert run.poll() is None
             container.send(number)
@@ -2094,7 +2094,7 @@ def test_a_run_whose_last_output_nobody_reads_ends_on_request_and_sigchld_is_non
             else:
                 wait_until(lambda: not signal_pending(run.pid, number), "it to be taken")  # noqa: B023
                 result = container.end()
-                assert (result.status, len(result.out)) == (5, 16 * PAGE + 1464)
+                assert (result.status, len(result.out)) == (5, 15 * PAGE + 5560)
 
 
 @once
