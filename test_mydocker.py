@@ -1759,10 +1759,10 @@ def test_no_more_processes_than_the_pids_limit_can_be_made_and_that_is_told(mydo
                 made += 1
         except BlockingIOError:
             print(made)"""
-    crowd = [mydocker.popen(["sleep", "1000"]) for _ in range(30)]
-    result = mydocker("--pids-limit", "20", PYTHON, "-c", source)
-    for process in crowd:
-        process.kill(), process.communicate()
+    with contextlib.ExitStack() as crowd:
+        for _ in range(30):
+            crowd.callback(crowd.enter_context(mydocker.popen(["sleep", "1000"])).kill)
+        result = mydocker("--pids-limit", "20", PYTHON, "-c", source)
     assert (result.status, result.out) == (0, "19\n")
     if mydocker.uid == 0:
         assert re.search("^mydocker: pids limit: .* 20 processes$", result.err, re.MULTILINE), result
